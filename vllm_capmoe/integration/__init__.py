@@ -1,0 +1,32 @@
+"""The vLLM side of the plugin, and the only part of the package that imports vLLM.
+
+register        what the entry point `vllm.general_plugins` calls, in every vLLM process
+engine_args     flags, keywords and additional_config; refuses what can't be served
+worker          a worker starts: activate the rest if a mode is on
+router          capacity behind vLLM's router          step      decode tokens, request ids
+experts         our experts as a vLLM kernel           stats     counters on the device
+layers          binds the loaded model's layers        metrics   Prometheus series, log
+compat          supported versions, and how vLLM is patched
+"""
+
+import functools
+
+
+@functools.cache
+def register() -> None:
+    """Make vLLM know the capacity arguments. Safe to call more than once.
+
+    With mode `off` nothing else happens. `LLM(moe_capacity_mode=...)` needs this call first, since
+    vLLM loads its plugins only after it has taken the keywords.
+
+    Where that vLLM lacks what the arguments hang on, a warning says so and vLLM stays as it is.
+    """
+    from vllm.logger import init_logger
+
+    from vllm_capmoe.integration import compat, engine_args, worker
+
+    for part in (worker, engine_args):
+        try:
+            part.install()
+        except compat.IncompatibleVLLMError as error:
+            init_logger("vllm.capmoe").warning("vllm-capmoe: %s", error)

@@ -1,0 +1,139 @@
+"""The engine arguments: flags, keywords of `LLM(...)`, and `additional_config["moe_capacity"]`.
+
+All three end in `additional_config`, the one place that vLLM hashes into its compile cache key and
+sends to every worker process. These patches touch the parsing of arguments only; the execution
+path of vLLM stays as it is until a worker starts with a mode other than `off` (see worker.py).
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vllm_capmoe.config import OPTIONS, CapacityConfig
+from vllm_capmoe.integration import checks, compat, metrics
+
+KEY = "moe_capacity"
+PREFIX = "moe_capacity_"
+GROUP = "MoECapacityConfig"
+_DESCRIPTION = (
+    "Capacity-aware Mixture-of-Experts inference (vllm-capmoe): bounds the load of every expert "
+    "or device. Off unless --moe-capacity-mode is given."
+)
+
+
+def install() -> None:
+    """Teach `EngineArgs` our arguments.
+
+    Patches (all can go once vLLM lets a plugin add engine arguments itself):
+        EngineArgs.__init__, AsyncEngineArgs.__init__: accept `moe_capacity_*` keywords, which is
+            how `LLM(moe_capacity_mode=...)` arrives.
+        EngineArgs.add_cli_args: adds our group; serve, bench, launch and run-batch all call it.
+        EngineArgs.from_cli_args: carries the parsed flags over.
+        EngineArgs.create_engine_config: validates, before and after vLLM builds its config.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    for cls in (EngineArgs, AsyncEngineArgs):
+        compat.wrap(cls, "__init__", _accept_keywords, parameters=("additional_config",))
+    compat.wrap(EngineArgs, "add_cli_args", _add_group, parameters=("parser",))
+    compat.wrap(EngineArgs, "from_cli_args", _carry_flags, parameters=("cls", "args"))
+    compat.wrap(EngineArgs, "create_engine_config", _validate, parameters=("self",))
+
+
+def capacity_config(additional_config: Any) -> CapacityConfig:
+    """The `CapacityConfig` in an `additional_config`; mode `off` where there is none.
+
+    Raises:
+        ValueError: what is there isn't a dict, or holds an unknown key or a bad value.
+    """
+    found = additional_config.get(KEY) if isinstance(additional_config, dict) else None
+    if found is None:
+        return CapacityConfig()
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'additional_config["{KEY}"] is {found!r}, but a dict of settings is accepted, such as '
+            '{"mode": "expanded", "factor": 1.5}.'
+        )
+    return CapacityConfig.from_dict(found)
+
+
+def merge(additional_config: Any, given: dict[str, Any]) -> Any:
+    """Fold `given` settings (key -> value) into an `additional_config` and return the new one.
+
+    Raises:
+        ValueError: a setting came twice with different values, or a value isn't accepted.
+    """
+    if not given:
+        return additional_config
+    if not isinstance(additional_config, dict):
+        raise ValueError(
+            f"--moe-capacity-{next(iter(given)).replace('_', '-')} needs an additional_config that "
+            f"is a dict, but it is a {type(additional_config).__name__}."
+        )
+    before = additional_config.get(KEY) or {}
+    capacity_config({KEY: before})
+    for key, value in given.items():
+        if key in before and before[key] != value:
+            raise ValueError(
+                f"--moe-capacity-{key.replace('_', '-')} came as {value!r} and in "
+                f'additional_config["{KEY}"] as {before[key]!r}: one value is accepted.'
+            )
+    merged = {**before, **given}
+    return {**additional_config, KEY: CapacityConfig.from_dict(merged).to_dict()}
+
+
+def _accept_keywords(original: Callable) -> Callable:
+    def __init__(self, *args, **kwargs):
+        keys = {PREFIX + option.key: option.key for option in OPTIONS}
+        given = {keys[name]: kwargs.pop(name) for name in list(kwargs) if name in keys}
+        original(self, *args, **kwargs)
+        self.additional_config = merge(self.additional_config, given)
+
+    return __init__
+
+
+def _add_group(original: Callable) -> Callable:
+    def add_cli_args(parser, *args, **kwargs):
+        parser = original(parser, *args, **kwargs)
+        group = parser.add_argument_group(title=GROUP, description=_DESCRIPTION)
+        for option in OPTIONS:
+            default = "auto" if option.default is None else option.default
+            group.add_argument(
+                option.flag,
+                type=option.parse,
+                metavar="{" + ",".join(option.choices) + "}" if option.choices else None,
+                default=argparse.SUPPRESS,  # so that a flag not given isn't taken for a setting
+                help=f"{option.help} ({option.values}; default: {default}).",
+            )
+        return parser
+
+    return add_cli_args
+
+
+def _carry_flags(original: Callable) -> Callable:
+    def from_cli_args(cls, args):
+        engine_args = original(cls, args)
+        given = {
+            option.key: getattr(args, PREFIX + option.key)
+            for option in OPTIONS
+            if hasattr(args, PREFIX + option.key)
+        }
+        engine_args.additional_config = merge(engine_args.additional_config, given)
+        return engine_args
+
+    return from_cli_args
+
+
+def _validate(original: Callable) -> Callable:
+    def create_engine_config(self, *args, **kwargs):
+        config = capacity_config(self.additional_config)
+        if not config.enabled:
+            return original(self, *args, **kwargs)
+        compat.check_version()
+        checks.check_environment(config)
+        vllm_config = original(self, *args, **kwargs)
+        checks.check_engine(config, vllm_config)
+        metrics.install()
+        return vllm_config
+
+    return create_engine_config

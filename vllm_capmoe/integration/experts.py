@@ -1,0 +1,227 @@
+"""The experts of a layer under a capacity mode, as one of vLLM's modular kernels.
+
+vLLM prepares the rows (and, with data parallelism, gathers them from all ranks), calls `apply`
+here, and reduces the result across ranks. What our class adds over vLLM's CPU kernel: any number
+of experts per token, dropped assignments (-1) that cost nothing, and expert maps.
+"""
+
+from collections.abc import Callable
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
+
+from vllm_capmoe.experts import (
+    ACTIVATIONS,
+    PreparedExperts,
+    fused_experts_prepared,
+    fused_experts_torch,
+    prepare_weights,
+)
+from vllm_capmoe.integration import compat
+
+
+class TorchExperts(mk.FusedMoEExpertsModular):
+    """`vllm_capmoe.experts` for the unquantised layers of a model on the CPU."""
+
+    prepared: PreparedExperts | None = None
+    layer_name: str = ""
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return current_platform.is_cpu()
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation.value in ACTIVATIONS
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: object, activation_key: object) -> bool:
+        return weight_key is None and activation_key is None
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
+        return True
+
+    def workspace_shapes(
+        self, M: int, N: int, K: int, *args: object, **kwargs: object
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """No workspaces; the output is [M tokens, K hidden]: weighted and summed already."""
+        return (0,), (0,), (M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Repack the loaded weights once, and let `experts_op` find this object by the layer."""
+        self.layer_name = layer.layer_name
+        layer.capacity_experts = self
+        self.prepared = prepare_weights(
+            layer.w13_weight,
+            layer.w2_weight,
+            w13_bias=self.w1_bias,
+            w2_bias=self.w2_bias,
+            release=True,
+            **self._activation_arguments(),
+        )
+
+    def _activation_arguments(self) -> dict:
+        config = self.activation_config
+        return {
+            "activation": self.moe_config.activation.value,
+            # vLLM's 1 and 0 stand for "not given"; what is given was put into the quant config.
+            "swiglu_alpha": self.quant_config.gemm1_alpha,
+            "swiglu_beta": self.quant_config.gemm1_beta,
+            "swiglu_limit": config.clamp_limit,
+            "situ_beta": config.activation_situ_beta,
+            "situ_linear_beta": config.activation_situ_linear_beta,
+        }
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        if apply_router_weight_on_input:  # vLLM's prepare step has done it
+            topk_weights = torch.ones_like(topk_weights)
+        torch.ops.capmoe.experts(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            _encode_layer_name(self.layer_name),
+        )
+
+    def compute(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        expert_map: Tensor | None,
+    ) -> None:
+        """Write the weighted sum of the experts into `output` [T, H]."""
+        if self.prepared is not None:
+            fused_experts_prepared(
+                hidden_states, self.prepared, weights, experts, expert_map=expert_map, out=output
+            )
+            return
+        fused_experts_torch(
+            hidden_states,
+            w1,
+            w2,
+            weights,
+            experts,
+            expert_map=expert_map,
+            w13_bias=self.w1_bias,
+            w2_bias=self.w2_bias,
+            out=output,
+            **self._activation_arguments(),
+        )
+
+
+def experts_op(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    layer_name: LayerNameType,
+) -> None:
+    """`torch.ops.capmoe.experts`: the experts of the named layer, written into `output`."""
+    runner = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    runner.routed_experts.capacity_experts.compute(
+        output, hidden_states, w1, w2, weights, experts, expert_map
+    )
+
+
+def experts_fake(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    layer_name: LayerNameType,
+) -> None:
+    """Nothing but `output` is written, and its shape is known."""
+
+
+def install() -> None:
+    """Choose our experts for unquantised layers.
+
+    Patch: vllm...unquantized_fused_moe_method.select_unquantized_moe_backend, the name by which
+    that module knows the choice of a kernel. It can go once vLLM has a registry of MoE kernels.
+    """
+    compat.wrap(
+        unquantized_fused_moe_method,
+        "select_unquantized_moe_backend",
+        _select,
+        parameters=("moe_config",),
+    )
+
+
+def _select(original: Callable) -> Callable:
+    def select_unquantized_moe_backend(moe_config: FusedMoEConfig):
+        from vllm.config import get_current_vllm_config
+
+        from vllm_capmoe.integration import checks
+        from vllm_capmoe.integration.engine_args import capacity_config
+
+        vllm_config = get_current_vllm_config()
+        config = capacity_config(vllm_config.additional_config)
+        if not config.enabled or checks.resolve_backend(config, vllm_config) == "vllm":
+            return original(moe_config)
+        supported, reason = TorchExperts.is_supported_config(
+            TorchExperts, moe_config, None, None, mk.FusedMoEActivationFormat.Standard
+        )
+        if not supported:
+            raise ValueError(
+                f"--moe-capacity-backend is {config.backend!r}, but {reason}: "
+                "'vllm' may be accepted."
+            )
+        # The backend decides how vLLM lays out the weights; CPU leaves them as loaded.
+        return UnquantizedMoeBackend.CPU, TorchExperts
+
+    return select_unquantized_moe_backend

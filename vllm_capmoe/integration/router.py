@@ -1,0 +1,266 @@
+"""The router of a layer under a capacity mode: vLLM's own router, then capacity.
+
+    router logits [T, E] -> vLLM's router -> top-k ids [T, k]          (groups, biases: as it does)
+    router logits [T, E] -> scores S [T, E]                            (the model's scoring function)
+    S, top-k ids         -> `route_torch` -> weights, experts [T, W]   (this project)
+
+The result goes on through vLLM's `BaseRouter`, which maps logical experts to the physical replicas
+of EPLB. The capacity step is one custom op, so that torch.compile sees an opaque call of known
+shape on every platform.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import layer as layer_module
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.utils.torch_utils import (
+    LayerName,
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+)
+
+from vllm_capmoe.integration import compat, step
+from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.reference import Plan, route_torch
+
+SCORING: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=-1),
+    "sigmoid": torch.sigmoid,
+    # DeepSeek-V4's scores: the square root of softplus.
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
+
+
+class CapacityRouter(BaseRouter):
+    """Wraps the router that vLLM made for a layer.
+
+    Args:
+        inner: vLLM's router; it decides the top-k.
+        top_k: k. num_logical_experts: E, without the redundant experts of EPLB.
+        scoring_func: a key of `SCORING`.
+        renormalize: whether the model rescales the chosen weights to sum to one.
+        scale: the routed scaling factor that `inner` multiplies its weights with.
+    """
+
+    def __init__(
+        self,
+        inner: BaseRouter,
+        *,
+        top_k: int,
+        num_logical_experts: int,
+        scoring_func: str,
+        renormalize: bool,
+        scale: float,
+    ):
+        super().__init__(top_k, inner.global_num_experts, eplb_state=inner.eplb_state)
+        self.inner = inner
+        self.num_logical_experts = num_logical_experts
+        self.scoring_func = scoring_func
+        self.renormalize = renormalize
+        self.scale = scale
+        # Known once the whole model is there, see `bind`.
+        self.layer_name: str = ""
+        self.plan: Plan | None = None
+        self.stats: LayerStats | None = None
+        self.seed = 0
+        self.expert_device_E: Tensor | None = None
+        self.own_device: int | None = None
+        self.fill_dropped = False
+
+    def bind(
+        self,
+        layer_name: str,
+        plan: Plan,
+        stats: LayerStats,
+        *,
+        seed: int,
+        expert_device_E: Tensor | None,
+        own_device: int | None,
+        fill_dropped: bool,
+    ) -> None:
+        """Say what could not be known when vLLM built the layer.
+
+        Args:
+            layer_name: under which vLLM's forward context knows the layer.
+            plan: the configuration, resolved for this layer.
+            stats: where the loads are counted.
+            seed: of the metric `random`; differs by layer.
+            expert_device_E: int64 [E], which EP rank owns a logical expert; None on one rank.
+            own_device: the EP rank that owns the tokens this router sees; None where all ranks
+                see all tokens.
+            fill_dropped: give unused places the token's first expert with weight 0 instead of -1,
+                for kernels that know no -1.
+        """
+        self.layer_name, self.plan, self.stats, self.seed = layer_name, plan, stats, seed
+        self.expert_device_E, self.own_device = expert_device_E, own_device
+        self.fill_dropped = fill_dropped
+
+    @property
+    def routing_method_type(self) -> RoutingMethodType:
+        return self.inner.routing_method_type
+
+    @property
+    def supports_monolithic_kernels(self) -> bool:
+        """vLLM 0.33 asks: a kernel that routes by itself would bypass us. Never."""
+        return False
+
+    def _compute_routing(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert self.plan is not None, "a layer ran before vllm_capmoe bound it"
+        _, topk_ids = self.inner._compute_routing(
+            hidden_states, router_logits, indices_type, input_ids=input_ids
+        )
+        return torch.ops.capmoe.route(
+            router_logits, topk_ids, self.plan.width, _encode_layer_name(self.layer_name)
+        )
+
+    def route(self, router_logits: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The capacity step on real tensors.
+
+        Args:
+            router_logits: [T, E], any float type. topk_ids: int [T, k].
+
+        Returns:
+            weights float32 [T, W] and experts int32 [T, W]; -1 and 0 in unused places.
+        """
+        assert self.plan is not None and self.stats is not None
+        rows = router_logits.shape[0]
+        plan, is_padding = self.plan, get_forward_context().is_padding
+        tokens = step.tokens()
+        scores_TE = SCORING[self.scoring_func](router_logits.float())
+        is_decode = tokens.is_decode[:rows]
+        if is_padding is None:
+            # A forward pass that isn't a step of the scheduler, such as a draft model's: nothing
+            # is known of its tokens, so none is dropped.
+            is_decode = torch.ones_like(is_decode)
+        per_request = plan.scope == "request"
+        selection = route_torch(
+            scores_TE,
+            plan,
+            topk_TK=topk_ids,
+            is_padding_T=None if is_padding is None else is_padding[:rows],
+            is_decode_T=is_decode,
+            request_T=tokens.request[:rows] if per_request else None,
+            num_requests=tokens.num_requests if per_request else 1,
+            device_E=self.expert_device_E,
+            token_device_T=self._token_device(rows, scores_TE.device),
+            seed=self.seed,
+        )
+        if is_padding is not None:
+            self.stats.add(selection)
+        weights, experts = selection.weights, selection.experts
+        if self.scale != 1.0:
+            weights = weights * self.scale
+        if self.fill_dropped:
+            experts = torch.where(experts < 0, topk_ids[:, :1].to(torch.int32), experts)
+        return weights, experts
+
+    def _token_device(self, rows: int, device: torch.device) -> Tensor | None:
+        if self.own_device is None:
+            return None
+        return torch.full((rows,), self.own_device, dtype=torch.int64, device=device)
+
+
+def install() -> None:
+    """Put a `CapacityRouter` around each router that vLLM makes from here on.
+
+    Patch: vllm.model_executor.layers.fused_moe.layer.create_fused_moe_router, the one place where
+    a layer's router is made. It can go once vLLM has a registry of routers.
+    """
+    compat.wrap(
+        layer_module,
+        "create_fused_moe_router",
+        _make_router,
+        parameters=(
+            "top_k",
+            "global_num_experts",
+            "renormalize",
+            "scoring_func",
+            "use_grouped_topk",
+            "routed_scaling_factor",
+            "e_score_correction_bias",
+            "custom_routing_function",
+            "zero_expert_type",
+            "hash_indices_table",
+            "num_fused_shared_experts",
+            "num_logical_experts",
+            "bias_vl",
+        ),
+    )
+
+
+def _make_router(original: Callable) -> Callable:
+    def create_fused_moe_router(**kwargs: Any) -> FusedMoERouter:
+        from vllm.config import get_current_vllm_config
+
+        from vllm_capmoe.integration.engine_args import capacity_config
+
+        inner = original(**kwargs)
+        config = capacity_config(get_current_vllm_config().additional_config)
+        if not config.enabled:
+            return inner
+        scoring_func = kwargs.get("scoring_func", "softmax")
+        refused = [name for name in _UNSERVED if kwargs.get(name) not in (None, 0)]
+        refused += [name for name in _UNSERVED_TENSORS if kwargs.get(name) is not None]
+        if refused or scoring_func not in SCORING or not isinstance(inner, BaseRouter):
+            what = refused[0].replace("_", " ") if refused else f"scores by {scoring_func}"
+            raise ValueError(
+                f"--moe-capacity-mode is {config.mode!r}, but this model's layers route with "
+                f"{type(inner).__name__} ({what}): accepted are top-k routers over softmax, "
+                "sigmoid or sqrtsoftplus scores, with or without groups and biases."
+            )
+        grouped = (
+            kwargs.get("use_grouped_topk") or kwargs.get("e_score_correction_bias") is not None
+        )
+        return CapacityRouter(
+            inner,
+            top_k=kwargs["top_k"],
+            num_logical_experts=kwargs.get("num_logical_experts") or kwargs["global_num_experts"],
+            scoring_func=scoring_func,
+            renormalize=kwargs.get("renormalize", True),
+            # vLLM's plain top-k router doesn't apply the factor; the others do.
+            scale=kwargs.get("routed_scaling_factor", 1.0) if grouped else 1.0,
+        )
+
+    return create_fused_moe_router
+
+
+# Arguments of create_fused_moe_router under which the scores of all experts are not known to us,
+# or the chosen rows hold more than routed experts.
+_UNSERVED = (
+    "custom_routing_function",
+    "zero_expert_type",
+    "num_fused_shared_experts",
+)
+_UNSERVED_TENSORS = ("hash_indices_table", "bias_vl")
+
+
+def route_op(
+    router_logits: torch.Tensor, topk_ids: torch.Tensor, width: int, layer_name: LayerNameType
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    weights, experts = layer.router.route(router_logits, topk_ids)
+    return weights, experts.to(topk_ids.dtype)
+
+
+def route_fake(
+    router_logits: torch.Tensor, topk_ids: torch.Tensor, width: int, layer_name: LayerNameType
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (router_logits.shape[0], width)
+    return (
+        router_logits.new_empty(shape, dtype=torch.float32),
+        topk_ids.new_empty(shape),
+    )

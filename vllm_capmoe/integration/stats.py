@@ -1,0 +1,75 @@
+"""What capacity did, counted layer by layer: on the device, without reading anything back.
+
+Counters only ever grow, so that readers (Prometheus, the log, tests) take differences at their own
+pace. A reader gets them through `collective_rpc("moe_capacity_counters")`, which vLLM runs on
+every worker between two steps.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_capmoe.reference import Selection
+
+TOTALS = ("steps", "dropped", "expanded", "left_without", "max_before", "max_after")
+MAX_RECORDS = 100_000
+
+
+@dataclass
+class LayerStats:
+    """Counters of one layer.
+
+    load_E: int64 [2, E], assignments per expert, before capacity and after.
+    totals: int64 [6], in the order of `TOTALS`; `max_before` and `max_after` add up the largest
+        load of each step, the number that a step waits for under expert parallelism.
+    records: the loads of every step, kept only while recording is on (tests and traces).
+    """
+
+    name: str
+    load_E: Tensor
+    totals: Tensor
+    recording: bool = False
+    records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
+
+    @classmethod
+    def allocate(cls, name: str, num_experts: int, device: torch.device) -> "LayerStats":
+        return cls(
+            name,
+            torch.zeros(2, num_experts, dtype=torch.int64, device=device),
+            torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
+        )
+
+    def add(self, selection: Selection) -> None:
+        """Count one step."""
+        load_E = torch.stack((selection.load_before, selection.load_after))
+        self.load_E += load_E
+        before, after = load_E.amax(1).unbind()
+        self.totals += torch.stack(
+            (
+                torch.ones_like(selection.kept),
+                selection.dropped,
+                selection.expanded,
+                selection.left_without,
+                before,
+                after,
+            )
+        )
+        if self.recording:
+            self.records.append(
+                {
+                    "layer": self.name,
+                    "load_before": selection.load_before.tolist(),
+                    "load_after": selection.load_after.tolist(),
+                    "capacity": selection.capacity.tolist(),
+                    "experts": selection.experts.tolist(),
+                }
+            )
+
+    def counters(self) -> dict[str, Any]:
+        """All counters as plain numbers, keys as `TOTALS`, with the loads by expert beside."""
+        before, after = self.load_E.tolist()
+        totals = dict(zip(TOTALS, self.totals.tolist(), strict=True))
+        return {"layer": self.name, "load_before": before, "load_after": after, **totals}

@@ -1,0 +1,77 @@
+"""A worker process starts: here, and only with a mode other than `off`, vLLM is changed.
+
+Order in a worker: the plugin is registered; the worker object is made (`activate`, before anything
+of the model exists); the model is built and loaded, with our routers and experts in it; then
+`layers.bind` tells each router what only the finished model shows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_capmoe.config import CapacityConfig
+from vllm_capmoe.integration import checks, compat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def install() -> None:
+    """Look at the configuration whenever a worker is made.
+
+    Patch: vllm.v1.worker.worker_base.WorkerBase.__init__, which every worker class calls first,
+    in every executor. It can go once vLLM passes its configuration to general plugins.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    compat.wrap(WorkerBase, "__init__", _activate_first, parameters=("vllm_config",))
+
+
+def _activate_first(original: Callable) -> Callable:
+    def __init__(self: Any, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
+        from vllm_capmoe.integration.engine_args import capacity_config
+
+        original(self, vllm_config, *args, **kwargs)
+        config = capacity_config(vllm_config.additional_config)
+        if config.enabled:
+            activate(self, config)
+
+    return __init__
+
+
+def activate(worker: Any, config: CapacityConfig) -> None:
+    """Install the execution-path patches and give `worker` its extra methods.
+
+    The methods, all reached by `collective_rpc`: `moe_capacity_counters()` returns the counters of
+    every layer; `moe_capacity_record(on)` starts or stops keeping every step's routing;
+    `moe_capacity_records()` returns and forgets what was kept.
+    """
+    compat.check_version()
+    checks.check_environment(config)
+    checks.check_engine(config, worker.vllm_config)
+
+    from vllm_capmoe.integration import custom_ops, experts, layers, router, step
+
+    vllm_config = worker.vllm_config
+    device = torch.device(vllm_config.device_config.device)
+    custom_ops.register()
+    router.install()
+    experts.install()
+    step.install(vllm_config.scheduler_config.max_num_batched_tokens, device)
+
+    load_model = worker.load_model
+
+    def load_model_and_bind(*args: Any, **kwargs: Any) -> Any:
+        result = load_model(*args, **kwargs)
+        layers.bind(config, vllm_config, device)
+        return result
+
+    worker.load_model = load_model_and_bind
+    for method in (
+        layers.moe_capacity_counters,
+        layers.moe_capacity_record,
+        layers.moe_capacity_records,
+    ):
+        setattr(worker, method.__name__, functools.partial(method, vllm_config))
