@@ -17,6 +17,8 @@ SUPPORTED = ((0, 32), (0, 33))
 SUPPORTED_TEXT = "0.32 and 0.33"
 _MARK = "__capmoe_wrapped__"
 
+Function = Callable[..., Any]
+
 
 class IncompatibleVLLMError(RuntimeError):
     """A capacity mode was asked for on a vLLM that this plugin doesn't know."""
@@ -41,7 +43,7 @@ def check_version() -> None:
 
 
 def wrap(
-    owner: Any, name: str, make: Callable[[Callable], Callable], *, parameters: tuple[str, ...]
+    owner: Any, name: str, make: Callable[[Function], Function], *, parameters: tuple[str, ...]
 ) -> None:
     """Replace `owner.name` by `make(original)`, once.
 

@@ -6,11 +6,11 @@ path of vLLM stays as it is until a worker starts with a mode other than `off` (
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.integration import checks, compat, metrics
+from vllm_capmoe.integration.compat import Function
 
 KEY = "moe_capacity"
 PREFIX = "moe_capacity_"
@@ -82,8 +82,8 @@ def merge(additional_config: Any, given: dict[str, Any]) -> Any:
     return {**additional_config, KEY: CapacityConfig.from_dict(merged).to_dict()}
 
 
-def _accept_keywords(original: Callable) -> Callable:
-    def __init__(self, *args, **kwargs):
+def _accept_keywords(original: Function) -> Function:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         keys = {PREFIX + option.key: option.key for option in OPTIONS}
         given = {keys[name]: kwargs.pop(name) for name in list(kwargs) if name in keys}
         original(self, *args, **kwargs)
@@ -92,8 +92,8 @@ def _accept_keywords(original: Callable) -> Callable:
     return __init__
 
 
-def _add_group(original: Callable) -> Callable:
-    def add_cli_args(parser, *args, **kwargs):
+def _add_group(original: Function) -> Function:
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
         parser = original(parser, *args, **kwargs)
         group = parser.add_argument_group(title=GROUP, description=_DESCRIPTION)
         for option in OPTIONS:
@@ -110,8 +110,8 @@ def _add_group(original: Callable) -> Callable:
     return add_cli_args
 
 
-def _carry_flags(original: Callable) -> Callable:
-    def from_cli_args(cls, args):
+def _carry_flags(original: Function) -> Function:
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
         engine_args = original(cls, args)
         given = {
             option.key: getattr(args, PREFIX + option.key)
@@ -124,8 +124,8 @@ def _carry_flags(original: Callable) -> Callable:
     return from_cli_args
 
 
-def _validate(original: Callable) -> Callable:
-    def create_engine_config(self, *args, **kwargs):
+def _validate(original: Function) -> Function:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = capacity_config(self.additional_config)
         if not config.enabled:
             return original(self, *args, **kwargs)

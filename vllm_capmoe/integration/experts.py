@@ -5,7 +5,7 @@ here, and reduces the result across ranks. What our class adds over vLLM's CPU k
 of experts per token, dropped assignments (-1) that cost nothing, and expert maps.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -27,6 +27,7 @@ from vllm_capmoe.experts import (
     prepare_weights,
 )
 from vllm_capmoe.integration import compat
+from vllm_capmoe.integration.compat import Function
 
 
 class TorchExperts(mk.FusedMoEExpertsModular):
@@ -72,7 +73,7 @@ class TorchExperts(mk.FusedMoEExpertsModular):
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Repack the loaded weights once, and let `experts_op` find this object by the layer."""
         self.layer_name = layer.layer_name
         layer.capacity_experts = self
@@ -85,7 +86,7 @@ class TorchExperts(mk.FusedMoEExpertsModular):
             **self._activation_arguments(),
         )
 
-    def _activation_arguments(self) -> dict:
+    def _activation_arguments(self) -> dict[str, Any]:
         config = self.activation_config
         return {
             "activation": self.moe_config.activation.value,
@@ -202,8 +203,8 @@ def install() -> None:
     )
 
 
-def _select(original: Callable) -> Callable:
-    def select_unquantized_moe_backend(moe_config: FusedMoEConfig):
+def _select(original: Function) -> Function:
+    def select_unquantized_moe_backend(moe_config: FusedMoEConfig) -> Any:
         from vllm.config import get_current_vllm_config
 
         from vllm_capmoe.integration import checks

@@ -10,11 +10,12 @@ The imbalance over any interval, weighted by the size of the steps, is the ratio
       / rate(vllm:moe_capacity_mean_load_total{when="before"}[5m])
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_capmoe.integration import compat
+from vllm_capmoe.integration.compat import Function
 
 _HELP = {
     "assignments": "Token-expert assignments that the models' routers made.",
@@ -118,7 +119,7 @@ def install() -> None:
     compat.wrap(AsyncLLM, "do_log_stats", _publish_too, parameters=("self",))
 
 
-def _publish_too(original: Callable) -> Callable:
+def _publish_too(original: Function) -> Function:
     async def do_log_stats(self: Any) -> None:
         await original(self)
         from vllm.logger import init_logger

@@ -1,7 +1,7 @@
 """The router of a layer under a capacity mode: vLLM's own router, then capacity.
 
-    router logits [T, E] -> vLLM's router -> top-k ids [T, k]          (groups, biases: as it does)
-    router logits [T, E] -> scores S [T, E]                            (the model's scoring function)
+    router logits [T, E] -> vLLM's router -> top-k ids [T, k]         (groups, biases: as it does)
+    router logits [T, E] -> scores S [T, E]                            (the model's scoring)
     S, top-k ids         -> `route_torch` -> weights, experts [T, W]   (this project)
 
 The result goes on through vLLM's `BaseRouter`, which maps logical experts to the physical replicas
@@ -20,13 +20,13 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.utils.torch_utils import (
-    LayerName,
     LayerNameType,
     _encode_layer_name,
     _resolve_layer_name,
 )
 
 from vllm_capmoe.integration import compat, step
+from vllm_capmoe.integration.compat import Function
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.reference import Plan, route_torch
 
@@ -159,7 +159,7 @@ class CapacityRouter(BaseRouter):
             token_device_T=self._token_device(rows, scores_TE.device),
             seed=self.seed,
         )
-        if is_padding is not None:
+        if tokens.live and is_padding is not None:
             self.stats.add(selection)
         weights, experts = selection.weights, selection.experts
         if self.scale != 1.0:
@@ -202,7 +202,7 @@ def install() -> None:
     )
 
 
-def _make_router(original: Callable) -> Callable:
+def _make_router(original: Function) -> Function:
     def create_fused_moe_router(**kwargs: Any) -> FusedMoERouter:
         from vllm.config import get_current_vllm_config
 

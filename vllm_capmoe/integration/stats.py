@@ -49,7 +49,7 @@ class LayerStats:
         before, after = load_E.amax(1).unbind()
         self.totals += torch.stack(
             (
-                torch.ones_like(selection.kept),
+                (before > 0).to(torch.int64),  # a dummy step has no tokens
                 selection.dropped,
                 selection.expanded,
                 selection.left_without,

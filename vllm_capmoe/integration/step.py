@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_capmoe.integration import compat
+from vllm_capmoe.integration.compat import Function
 
 
 @dataclass
@@ -31,6 +32,7 @@ class StepTokens:
     is_decode: Tensor
     request: Tensor
     num_requests: int = 1
+    live: bool = False
 
     @classmethod
     def allocate(cls, max_tokens: int, device: torch.device) -> "StepTokens":
@@ -45,6 +47,7 @@ class StepTokens:
         self.request[:rows] = request_T
         self.is_decode[:rows] = positions_T >= prompt_len_R[request_T]
         self.num_requests = prompt_len_R.shape[0]
+        self.live = True
 
 
 _tokens: StepTokens | None = None
@@ -81,10 +84,10 @@ def install(max_tokens: int, device: torch.device) -> None:
     )
 
 
-def _after_v1(original):
+def _after_v1(original: Function) -> Function:
     def _prepare_inputs(
-        self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args, **kwargs
-    ):
+        self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
         if _tokens is not None:
             rows = scheduler_output.total_num_scheduled_tokens
@@ -100,8 +103,10 @@ def _after_v1(original):
     return _prepare_inputs
 
 
-def _after_v2(original):
-    def prepare_inputs(self: Any, scheduler_output: Any, batch_req_state: Any, *args, **kwargs):
+def _after_v2(original: Function) -> Function:
+    def prepare_inputs(
+        self: Any, scheduler_output: Any, batch_req_state: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         batch = original(self, scheduler_output, batch_req_state, *args, **kwargs)
         if _tokens is not None:
             prompt_len = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])

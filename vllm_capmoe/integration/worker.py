@@ -6,13 +6,13 @@ of the model exists); the model is built and loaded, with our routers and expert
 """
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration import checks, compat
+from vllm_capmoe.integration.compat import Function
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,7 +29,7 @@ def install() -> None:
     compat.wrap(WorkerBase, "__init__", _activate_first, parameters=("vllm_config",))
 
 
-def _activate_first(original: Callable) -> Callable:
+def _activate_first(original: Function) -> Function:
     def __init__(self: Any, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
         from vllm_capmoe.integration.engine_args import capacity_config
 

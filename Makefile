@@ -1,0 +1,41 @@
+# Every target sets up what it needs: `make test` in a fresh clone is enough.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# The first Python that vLLM supports (3.11 to 3.14); `make PYTHON=/path/to/python` overrides it.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	if "$$name" -c "$(SUPPORTED)" >/dev/null 2>&1; then echo "$$name"; break; fi; done)
+
+.PHONY: help venv demo test lint format clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+venv:  ## make the environment in .venv: vLLM, this package, the tools
+	@test -n "$(PYTHON)" || { echo "make venv: no Python 3.11 to 3.14 found;" \
+		"install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" .ci/make_venv.py "$(VENV)"
+
+demo: venv  ## serve a small Mixtral with a capacity limit, ask it, show the loads
+	@$(BIN)/python examples/demo.py
+
+test: venv  ## run the whole test suite
+	$(BIN)/pytest
+
+lint: venv  ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: venv  ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove build outputs and caches (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

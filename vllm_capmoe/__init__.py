@@ -1,0 +1,49 @@
+"""Capacity-aware routing of mixture-of-experts models for vLLM (arXiv 2503.05066).
+
+The public names are looked up when they are first used (PEP 562), so that importing the package
+imports neither torch nor vLLM. vLLM imports it in every process for its entry point.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_capmoe.config import CapacityConfig
+    from vllm_capmoe.integration import register
+    from vllm_capmoe.ops import Routing, route
+
+    __version__: str
+
+__all__ = ["CapacityConfig", "Routing", "__version__", "register", "route"]
+
+_HOME = {
+    "CapacityConfig": "vllm_capmoe.config",
+    "Routing": "vllm_capmoe.ops",
+    "register": "vllm_capmoe.integration",
+    "route": "vllm_capmoe.ops",
+}
+
+
+def _version() -> str:
+    """The installed version, or "0.0.0" when run from a source tree that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vllm-capmoe")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

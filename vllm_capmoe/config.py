@@ -1,0 +1,321 @@
+"""The options of capacity-aware routing: one frozen dataclass, standard library only.
+
+`CapacityConfig` is the only list of options. Each field carries its help text, its accepted
+values and its check in the field's metadata, and `OPTIONS` is the same list as a table, from
+which the engine arguments build their command line group.
+"""
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any
+
+FLAG_PREFIX = "--moe-capacity-"
+
+
+class ConfigError(ValueError, ArgumentTypeError):
+    """A bad option.
+
+    It is a ValueError for callers, and an ArgumentTypeError so that argparse prints the whole
+    sentence instead of "invalid value".
+    """
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, as the command line needs it.
+
+    key: field of `CapacityConfig` and key of `additional_config["moe_capacity"]`.
+    default: the value when nothing is said.
+    values: what is accepted, as text.
+    help: the meaning, as text (without the accepted values and the default).
+    choices: the accepted words where there is nothing else, or None.
+    normalise: value -> value as stored; raises ValueError for a value that is not accepted.
+    """
+
+    key: str
+    default: Any
+    values: str
+    help: str
+    choices: tuple[str, ...] | None
+    normalise: Callable[[Any], Any]
+
+    @property
+    def flag(self) -> str:
+        """The flag of the command line, for example `--moe-capacity-min-tokens`."""
+        return FLAG_PREFIX + self.key.replace("_", "-")
+
+    def check(self, value: Any) -> Any:
+        """Return the value as stored, or raise `ConfigError` naming flag, value, accepted."""
+        try:
+            return self.normalise(value)
+        except ValueError:
+            message = f"{self.flag} is {value!r}, but it must be {self.values}."
+            raise ConfigError(message) from None
+
+    def parse(self, text: str) -> Any:
+        """Read the option from the text of a command line (an argparse `type`)."""
+        try:
+            return self.check(_number(text))
+        except ConfigError:
+            message = f"{self.flag} is {text!r}, but it must be {self.values}."
+            raise ConfigError(message) from None
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text spells (int before float), else the text itself."""
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        # "nan" and the long spellings of infinity stay text: only "inf" is accepted.
+        return number if math.isfinite(number) else text
+    return text
+
+
+def _refuse_unless(accepted: bool) -> None:
+    if not accepted:
+        raise ValueError
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(*choices: str) -> str:
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+
+
+def _words(*choices: str, help: str) -> dict[str, Any]:
+    """Metadata of an option that takes one of a few words."""
+
+    def normalise(value: Any) -> str:
+        _refuse_unless(isinstance(value, str) and value in choices)
+        return str(value)
+
+    return {
+        "values": _one_of(*choices),
+        "help": help,
+        "choices": choices,
+        "normalise": normalise,
+    }
+
+
+def _integer(
+    least: int, *, help: str, words: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """Metadata of an option that takes an int >= least, or a word (with the value it stores)."""
+    stored = dict(words or {})
+
+    def normalise(value: Any) -> int | str | None:
+        if isinstance(value, str):
+            _refuse_unless(value in stored)
+            return stored[value]
+        if value is None:
+            _refuse_unless(None in stored.values())
+            return None
+        _refuse_unless(_is_int(value) and value >= least)
+        return int(value)
+
+    return {
+        "values": _one_of(f"an integer >= {least}", *stored),
+        "help": help,
+        "choices": None,
+        "normalise": normalise,
+    }
+
+
+def _factor(value: Any) -> int | float:
+    """A factor as stored: "inf" becomes the float, other numbers stay as written."""
+    if isinstance(value, str):
+        _refuse_unless(value == "inf")
+        return math.inf
+    _refuse_unless(_is_int(value) or isinstance(value, float))
+    _refuse_unless(value > 0)  # false for NaN, too
+    return int(value) if isinstance(value, int) else float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """How the load of experts is bounded. Checked when built; every error is a ValueError.
+
+    The letters in the comments (gamma, m, k, C) are those of the paper, arXiv 2503.05066.
+    An error is one sentence with the flag, the value that came, and what is accepted.
+
+        >>> CapacityConfig(mode="drop", factor=1.1).gamma
+        Fraction(11, 10)
+        >>> CapacityConfig(factor=0)
+        Traceback (most recent call last):
+        ...
+        vllm_capmoe.config.ConfigError: --moe-capacity-factor is 0, but it must be a number > 0 \
+or inf.
+    """
+
+    mode: str = field(
+        default="off",
+        metadata=_words(
+            "off",
+            "drop",
+            "expanded",
+            help="Bound the load of experts: drop is Token Drop, expanded is Expanded Drop",
+        ),
+    )
+    factor: int | float | str = field(  # gamma; never a str once built
+        default=1.5,
+        metadata={
+            "values": "a number > 0 or inf",
+            "help": "Capacity factor: the limit as a multiple of the mean load of an expert",
+            "choices": None,
+            "normalise": _factor,
+        },
+    )
+    metric: str = field(
+        default="score",
+        metadata=_words(
+            "score",
+            "order",
+            "reverse-order",
+            "random",
+            help="Whom an overloaded expert keeps: the highest scores, the earliest tokens, "
+            "the latest tokens, or a random choice that is the same everywhere",
+        ),
+    )
+    level: str = field(
+        default="expert",
+        metadata=_words(
+            "expert",
+            "device",
+            help="Bound each expert, or the sum over the experts of one expert parallel rank",
+        ),
+    )
+    scope: str = field(
+        default="batch",
+        metadata=_words(
+            "batch",
+            "request",
+            help="Count tokens and set limits over the whole step, or for each request on its "
+            "own, so that no request changes the experts of another",
+        ),
+    )
+    candidates: str = field(
+        default="auto",
+        metadata=_words(
+            "auto",
+            "local",
+            "global",
+            help="Where the extra candidates of Expanded Drop come from: the rank that owns the "
+            "token, or anywhere; auto is local where each rank routes its own tokens",
+        ),
+    )
+    expanded_experts: int | str | None = field(  # m; None is the default of the candidates
+        default=None,
+        metadata=_integer(
+            1,
+            words={"all": "all", "auto": None},
+            help="Extra candidates per token in Expanded Drop; auto is all of the local "
+            "candidates, or as many as the top-k of the global ones",
+        ),
+    )
+    max_experts: int | str = field(
+        default="auto",
+        metadata=_integer(
+            1,
+            words={"none": "none", "auto": "auto"},
+            help="The most experts that one token may hold in Expanded Drop, at least the "
+            "top-k; auto is none under expert parallelism and the top-k without it",
+        ),
+    )
+    renormalize: str = field(
+        default="auto",
+        metadata=_words(
+            "auto",
+            "always",
+            "never",
+            help="Rescale the weights of the experts that a token keeps to the sum of one; "
+            "auto does it where the model does it",
+        ),
+    )
+    priority: str = field(
+        default="uniform",
+        metadata=_words(
+            "uniform",
+            "image-first",
+            "text-first",
+            help="Which tokens are dropped first: all alike, image tokens, or text tokens",
+        ),
+    )
+    min_capacity: int = field(
+        default=4,
+        metadata=_integer(1, help="No limit of an expert is set below this"),
+    )
+    min_tokens: int = field(
+        default=0,
+        metadata=_integer(0, help="Steps with fewer tokens than this have no limit"),
+    )
+    backend: str = field(
+        default="auto",
+        metadata=_words(
+            "auto",
+            "triton",
+            "torch",
+            "vllm",
+            help="Who computes the experts: this plugin's Triton kernels, plain PyTorch, or "
+            "vLLM's own kernels",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for option in OPTIONS:
+            value = option.check(getattr(self, option.key))
+            object.__setattr__(self, option.key, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CapacityConfig":
+        """Build from the keys of `additional_config["moe_capacity"]`.
+
+        Raises ValueError for an unknown key (with the accepted keys) and for a bad value.
+        """
+        accepted = ", ".join(option.key for option in OPTIONS)
+        if not isinstance(values, Mapping):
+            message = f"moe_capacity is {values!r}, but it must be a mapping with keys of "
+            raise ConfigError(message + f"{accepted}.")
+        known = {option.key for option in OPTIONS}
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            names = ", ".join(repr(key) for key in unknown)
+            message = f"moe_capacity has the unknown key {names}, but the accepted keys are "
+            raise ConfigError(message + f"{accepted}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON values (an infinite factor is the text "inf").
+
+        `CapacityConfig.from_dict(config.to_dict()) == config`.
+        """
+        values = {option.key: getattr(self, option.key) for option in OPTIONS}
+        if self.factor == math.inf:
+            values["factor"] = "inf"
+        return values
+
+    @property
+    def gamma(self) -> Fraction | None:
+        """The capacity factor as an exact fraction of the decimal as written; None for inf.
+
+        1.1 is 11/10, although the float is a little more: a rounding must not add a seat.
+        """
+        if self.factor == math.inf:
+            return None
+        return Fraction(repr(self.factor))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is asked for at all."""
+        return self.mode != "off"
+
+
+OPTIONS: tuple[Option, ...] = tuple(
+    Option(key=item.name, default=item.default, **item.metadata) for item in fields(CapacityConfig)
+)

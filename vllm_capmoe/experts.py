@@ -1,0 +1,569 @@
+"""Mixture-of-Experts computation in plain torch, meant for the CPU. Imports torch only.
+
+    out[t] = sum over the experts e that token t holds, ascending, of
+             weight[t, e] * (w2[e] @ act(w13[e] @ hidden[t] + b13[e]) + b2[e])
+
+Letters: T tokens, K places per token, H hidden size, I intermediate size, E experts on this rank,
+N rows that one matrix product works on (assignments of one expert), G global experts.
+
+How it is fast. A small step is bound by reading weights, a large one by multiplying. Both are
+served by one oneDNN product per projection on weights that :func:`prepare_weights` has put into
+oneDNN's blocked layout once, with the activation fused into the product. Work and time follow the
+assignments that are left: a dropped one is never gathered, multiplied or summed.
+
+Inference only: no gradients. The result repeats bitwise for the same inputs and thread count.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "PreparedExperts",
+    "fused_experts_prepared",
+    "fused_experts_torch",
+    "prepare_weights",
+]
+
+# Rows of one product. 512 reach the same FLOP/s as 2048 on an EPYC with AVX-512 BF16, keep the
+# temporaries of an expert in the cache, and bound the number of shapes that oneDNN compiles.
+MAX_ROWS = 512
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_ALIASES = {"gelu_pytorch_tanh": "gelu_tanh"}  # as vLLM's MoEActivation.from_str
+
+# oneDNN post-op (name, algorithm) of the activation applied to the gate projection.
+_POST_OPS = {
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu_no_mul": ("swish", ""),
+    "gelu_no_mul": ("gelu", "none"),
+    "gelu_tanh_no_mul": ("gelu", "tanh"),
+    "relu2_no_mul": ("relu", ""),
+}
+ACTIVATIONS = (*_POST_OPS, "swigluoai", "swigluoai_uninterleave", "swiglustep", "situ")
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """An activation with its parameters resolved. Definitions: vLLM 0.32, layers/activation.py."""
+
+    name: str
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+    situ_beta: float = 1.0
+    situ_linear_beta: float | None = None
+
+    @property
+    def gated(self) -> bool:
+        return not self.name.endswith("_no_mul")
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether w13 holds gate0, up0, gate1, up1, ... instead of all gates, then all ups."""
+        return self.name == "swigluoai"
+
+    @property
+    def post_op(self) -> tuple[str, str] | None:
+        """What oneDNN can apply to the gate product itself, None if torch has to."""
+        if self.name == "silu" and self.limit is not None:
+            return None
+        return _POST_OPS.get(self.name)
+
+    def split(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up of a projection, along the last dimension."""
+        if self.interleaved:
+            return h[..., 0::2], h[..., 1::2]
+        half = h.shape[-1] // 2
+        return h[..., :half], h[..., half:]
+
+    def single(self, h_NI: Tensor) -> Tensor:
+        """Activation without a gate."""
+        if self.name == "silu_no_mul":
+            return F.silu(h_NI)
+        if self.name == "relu2_no_mul":
+            return F.relu(h_NI).square_()
+        return F.gelu(h_NI, approximate="tanh" if "tanh" in self.name else "none")
+
+    def pair(self, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+        """Activation of gate and up. May overwrite both."""
+        if self.name == "situ":
+            gate, up = gate_NI.float(), up_NI.float()
+            gate = torch.tanh(gate / self.situ_beta).mul_(self.situ_beta).mul_(gate.sigmoid())
+            if self.situ_linear_beta is not None:
+                up = torch.tanh(up / self.situ_linear_beta).mul_(self.situ_linear_beta)
+            return gate.mul_(up).to(gate_NI.dtype)
+        if self.name == "swiglustep":
+            assert self.limit is not None
+            return (
+                F.silu(gate_NI).clamp_(max=self.limit).mul_(up_NI.clamp_(-self.limit, self.limit))
+            )
+        if self.name in ("gelu", "gelu_tanh"):
+            approximate = "tanh" if self.name == "gelu_tanh" else "none"
+            return F.gelu(gate_NI, approximate=approximate).mul_(up_NI)
+        if self.limit is not None:
+            gate_NI, up_NI = gate_NI.clamp_(max=self.limit), up_NI.clamp_(-self.limit, self.limit)
+        if self.alpha == 1.0:
+            glu = F.silu(gate_NI)
+        else:
+            glu = (gate_NI * self.alpha).sigmoid_().mul_(gate_NI)
+        if self.beta == 0.0:
+            return glu.mul_(up_NI)
+        # (up + beta) * glu without rounding up + beta to the input dtype first.
+        return torch.addcmul(glu if self.beta == 1.0 else glu * self.beta, up_NI, glu)
+
+
+@functools.lru_cache(maxsize=64)
+def _resolve_activation(
+    name: str,
+    alpha: float | None,
+    beta: float | None,
+    limit: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+) -> _Activation:
+    """Fill in vLLM's defaults. ValueError for an unknown name or a missing parameter."""
+    name = _ALIASES.get(name, name)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if name == "silu":
+        return _Activation(name, limit=limit)
+    if name == "swigluoai":
+        return _Activation(
+            name,
+            alpha=1.702 if alpha is None else alpha,
+            beta=1.0 if beta is None else beta,
+            limit=7.0 if limit is None else limit,
+        )
+    if name == "swigluoai_uninterleave":
+        if limit is None:
+            raise ValueError(
+                "activation 'swigluoai_uninterleave' has swiglu_limit None, expected a number"
+            )
+        return _Activation(
+            name,
+            alpha=1.0 if alpha is None else alpha,
+            beta=0.0 if beta is None else beta,
+            limit=limit,
+        )
+    if name == "swiglustep":
+        return _Activation(name, limit=7.0 if limit is None else limit)
+    if name == "situ":
+        if situ_beta is None:
+            raise ValueError("activation 'situ' has situ_beta None, expected a number")
+        if situ_linear_beta is not None and situ_linear_beta <= 0:
+            situ_linear_beta = None  # vLLM's kernel: not above 0 means that up passes unchanged
+        return _Activation(name, situ_beta=situ_beta, situ_linear_beta=situ_linear_beta)
+    return _Activation(name)
+
+
+class _Experts(Protocol):
+    """Weights of the experts of one layer on this rank, however they are stored."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def forward(self, expert: int, x_NH: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _PlainExperts:
+    """The weights as the model has them; nothing is copied."""
+
+    activation: _Activation
+    w13: Tensor
+    w2: Tensor
+    b13: Tensor | None
+    b2: Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w13.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w13.dtype
+
+    def forward(self, expert: int, x_NH: Tensor) -> Tensor:
+        h = F.linear(x_NH, self.w13[expert], None if self.b13 is None else self.b13[expert])
+        act = self.activation
+        a_NI = act.pair(*act.split(h)) if act.gated else act.single(h)
+        return F.linear(a_NI, self.w2[expert], None if self.b2 is None else self.b2[expert])
+
+
+@dataclass(frozen=True)
+class PreparedExperts:
+    """Weights in oneDNN's blocked layout, one opaque tensor per expert and projection.
+
+    Built by :func:`prepare_weights`, used by :func:`fused_experts_prepared`. Biases are plain
+    tensors; ``up`` is empty for an activation without a gate.
+    """
+
+    activation: _Activation
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    gate: tuple[Tensor, ...]
+    up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
+    gate_bias: tuple[Tensor | None, ...]
+    up_bias: tuple[Tensor | None, ...]
+    down_bias: tuple[Tensor | None, ...]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.down)
+
+    def forward(self, expert: int, x_NH: Tensor) -> Tensor:
+        linear = torch.ops.mkldnn._linear_pointwise
+        act, gate, b_gate = self.activation, self.gate[expert], self.gate_bias[expert]
+        post = act.post_op
+        name, algorithm = post or ("none", "")
+        a_NI = linear(x_NH, gate, b_gate, name, [], algorithm)
+        if act.gated:
+            up, b_up = self.up[expert], self.up_bias[expert]
+            if post is not None:
+                # The product of gate and up happens on the float32 accumulator of the up product.
+                a_NI = linear.binary(x_NH, a_NI, up, b_up, "mul")
+            else:
+                a_NI = act.pair(a_NI, linear(x_NH, up, b_up, "none", [], ""))
+        elif name == "relu":
+            a_NI = a_NI.square_()
+        return linear(a_NI, self.down[expert], self.down_bias[expert], "none", [], "")
+
+
+@functools.lru_cache(maxsize=8)
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build and CPU have oneDNN's prepacked linear for `dtype`, found by trying."""
+    try:
+        w = torch.ones(32, 32, dtype=dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(w)
+        y = torch.ops.mkldnn._linear_pointwise(w, packed, None, "swish", [], "")
+        y = torch.ops.mkldnn._linear_pointwise.binary(w, y, packed, None, "mul")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool((y == 1024).all())
+
+
+@torch.no_grad()
+def prepare_weights(
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    activation: str,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    swiglu_alpha: float | None = None,
+    swiglu_beta: float | None = None,
+    swiglu_limit: float | None = None,
+    situ_beta: float | None = None,
+    situ_linear_beta: float | None = None,
+    release: bool = False,
+) -> PreparedExperts | None:
+    """Repack the experts of a layer once, after loading. Arguments as :func:`fused_experts_torch`.
+
+    Returns None where oneDNN has no prepacked product (a GPU, float16 on a CPU without it): then
+    call :func:`fused_experts_torch` with the weights as they are.
+
+    The packed copy takes the room of the original (block sizes round odd shapes up). With
+    ``release=True`` `w13` is freed before `w2` is packed, then `w2`, so at most one of the two
+    is held twice: their ``.data`` becomes a zero of the same shape without memory behind it.
+    """
+    act = _resolve_activation(
+        activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
+    )
+    _check_weights(w13, w2, w13_bias, w2_bias, act)
+    num_experts, hidden, intermediate = w13.shape[0], w13.shape[2], w2.shape[2]
+    if w13.device.type != "cpu" or not _can_pack(w13.dtype) or 0 in (hidden, intermediate):
+        return None
+    dtype = w13.dtype
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    gate: list[Tensor] = []
+    up: list[Tensor] = []
+    for w_XH in w13.detach():
+        if not act.gated:
+            gate.append(pack(w_XH.contiguous()))
+            continue
+        halves = act.split(w_XH.t())
+        gate.append(pack(halves[0].t().contiguous()))
+        up.append(pack(halves[1].t().contiguous()))
+    if release:
+        w13.data = w13.new_zeros(()).expand(w13.shape)
+    down = tuple(pack(w_HI.contiguous()) for w_HI in w2.detach())
+    if release:
+        w2.data = w2.new_zeros(()).expand(w2.shape)
+
+    nothing: tuple[Tensor | None, ...] = (None,) * num_experts
+    gate_bias = up_bias = down_bias = nothing
+    if w13_bias is not None:
+        bias = w13_bias.detach().to(dtype)
+        b_gate, b_up = act.split(bias) if act.gated else (bias, None)
+        gate_bias = tuple(b_gate.clone(memory_format=torch.contiguous_format))
+        if b_up is not None:
+            up_bias = tuple(b_up.clone(memory_format=torch.contiguous_format))
+    if w2_bias is not None:
+        down_bias = tuple(w2_bias.detach().to(dtype).clone())
+    return PreparedExperts(
+        act,
+        hidden,
+        intermediate,
+        dtype,
+        tuple(gate),
+        tuple(up),
+        down,
+        gate_bias,
+        up_bias,
+        down_bias,
+    )
+
+
+@torch.no_grad()
+def fused_experts_torch(
+    hidden_TH: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    *,
+    activation: str,
+    expert_map: Tensor | None = None,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    swiglu_alpha: float | None = None,
+    swiglu_beta: float | None = None,
+    swiglu_limit: float | None = None,
+    situ_beta: float | None = None,
+    situ_linear_beta: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum of expert outputs, from weights as the model has them. Returns [T, H].
+
+    Args:
+        hidden_TH: bfloat16, float16 or float32 [T, H].
+        w13: gate and up projection [E, 2I, H] in the dtype of `hidden_TH`, gates first, or
+            interleaved for ``swigluoai``; [E, I, H] for the ``_no_mul`` activations.
+        w2: down projection [E, H, I].
+        weights_TK: float32 [T, K]; not read where the assignment is dropped.
+        experts_TK: int32 or int64 [T, K], any K; -1 = unused or dropped, costs nothing.
+        activation: one of ``ACTIVATIONS`` (vLLM's names).
+        expert_map: int32 [G], global expert -> expert here, -1 = not on this rank. None: the ids
+            in `experts_TK` are already 0..E-1.
+        w13_bias, w2_bias: [E, 2I] (or [E, I]) and [E, H]. With tensor parallelism hand `w2_bias`
+            to one rank only; this function sums nothing across ranks.
+        apply_router_weight_on_input: multiply the expert's input row instead of its output. vLLM's
+            modular kernels have done that before the experts run; then hand weights of one.
+        swiglu_alpha, swiglu_beta, swiglu_limit: (up + beta) * gate * sigmoid(alpha * gate), gate
+            cut at limit from above, up to [-limit, limit]. None is vLLM's default: 1.702, 1, 7 for
+            ``swigluoai``; 1, 0 and a limit that must be given for ``swigluoai_uninterleave``; no
+            limit for ``silu``; 7 for ``swiglustep``. Unused by the others.
+        situ_beta, situ_linear_beta: parameters of ``situ``.
+        out: result buffer [T, H], may be `hidden_TH` itself.
+
+    Sums are float32, over experts in ascending order; each expert's own output is rounded to the
+    input dtype once.
+
+    Raises:
+        ValueError: a shape, dtype, id or activation that does not fit; names both values.
+
+    Example: T=1, H=I=1, K=2, ``relu2_no_mul``, w13 = [[[1]], [[2]]], w2 = [[[1]], [[10]]]. Hidden 3
+    held by expert 0 with weight .5 and expert 1 with weight .1: .5 * 3^2 + .1 * 10 * 6^2 = 40.5.
+    """
+    act = _resolve_activation(
+        activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
+    )
+    _check_weights(w13, w2, w13_bias, w2_bias, act)
+    experts = _PlainExperts(
+        act,
+        w13,
+        w2,
+        None if w13_bias is None else w13_bias.to(w13.dtype),
+        None if w2_bias is None else w2_bias.to(w2.dtype),
+    )
+    return _run(
+        hidden_TH, experts, weights_TK, experts_TK, expert_map, apply_router_weight_on_input, out
+    )
+
+
+@torch.no_grad()
+def fused_experts_prepared(
+    hidden_TH: Tensor,
+    experts: PreparedExperts,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    *,
+    expert_map: Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fused_experts_torch` from weights that :func:`prepare_weights` has packed."""
+    return _run(
+        hidden_TH, experts, weights_TK, experts_TK, expert_map, apply_router_weight_on_input, out
+    )
+
+
+def _run(
+    hidden_TH: Tensor,
+    experts: _Experts,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    expert_map: Tensor | None,
+    weight_on_input: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """Validate, then gather, compute and add one expert after the other."""
+    _check_call(hidden_TH, experts, weights_TK, experts_TK, expert_map, out)
+    result = torch.empty_like(hidden_TH) if out is None else out
+    hidden_TH = hidden_TH.contiguous()
+    rows_S, slots_S, counts_E = _assignments(experts_TK, experts.num_experts, expert_map)
+    if not any(counts_E):
+        return result.zero_()
+    weights_S1 = weights_TK.reshape(-1).index_select(0, slots_S).unsqueeze(1)
+    one_token = hidden_TH.shape[0] == 1
+    acc_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+    for expert, start, rows, padded in _blocks(counts_E):
+        # The rows beyond `rows` are other assignments; their results are cut off below.
+        x_NH = hidden_TH
+        if not one_token or padded > 1:
+            x_NH = hidden_TH.index_select(0, rows_S[start : start + padded])
+        if weight_on_input:
+            x_NH = (x_NH * weights_S1[start : start + padded]).to(hidden_TH.dtype)
+        y_NH = experts.forward(expert, x_NH)[:rows]
+        y_NH = y_NH.float() if weight_on_input else y_NH * weights_S1[start : start + rows]
+        acc_TH.index_add_(0, rows_S[start : start + rows], y_NH)
+    return result.copy_(acc_TH)
+
+
+def padded_rows(rows: int) -> int:
+    """`rows` rounded up so that few distinct sizes occur: exact to 32, then 16 sizes per octave.
+
+    oneDNN compiles each new number of rows, about 0.5 ms a time; a size at most 1/16 larger
+    costs less than that. ``padded_rows(32) == 32``, ``padded_rows(100) == 100``,
+    ``padded_rows(101) == 104``.
+    """
+    step = 1 << max(0, (rows - 1).bit_length() - 5)
+    return -(-rows // step) * step
+
+
+def _blocks(counts_E: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Cut each expert's assignments into even blocks: (expert, start, rows, padded rows)."""
+    start = 0
+    for expert, count in enumerate(counts_E):
+        end = start + count
+        size = -(-count // max(1, -(-count // MAX_ROWS)))
+        while start < end:
+            rows = min(size, end - start)
+            yield expert, start, rows, padded_rows(rows)
+            start += rows
+
+
+def _assignments(
+    experts_TK: Tensor, num_experts: int, expert_map: Tensor | None
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Sort what is not dropped by (expert, token).
+
+    Returns the tokens and the places t*K + k of the S assignments, both with room for padding at
+    the end (token 0, place 0), and the number of assignments of each expert.
+    """
+    local = experts_TK.reshape(-1)
+    low, high = (int(v) for v in local.aminmax()) if local.numel() else (-1, -1)
+    num_ids = num_experts if expert_map is None else expert_map.shape[0]
+    if low < -1 or high >= num_ids:
+        raise ValueError(f"experts_TK holds ids {low} to {high}, expected -1 to {num_ids - 1}")
+    if expert_map is not None:
+        # A last entry -1 serves the index -1.
+        with_none = torch.cat([expert_map, expert_map.new_full((1,), -1)])
+        local = with_none[local.long()]
+        if local.numel() and int(local.max()) >= num_experts:
+            raise ValueError(
+                f"expert_map leads to expert {int(local.max())}, expected at most "
+                f"{num_experts - 1} (w13 holds {num_experts})"
+            )
+    order = local.argsort(stable=True)
+    counts: list[int] = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
+    slots_S = torch.cat([order[counts[0] :], order.new_zeros(MAX_ROWS // 32)])
+    return slots_S // max(1, experts_TK.shape[1]), slots_S, counts[1:]
+
+
+def _check_weights(
+    w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None, act: _Activation
+) -> None:
+    """ValueError unless the weights fit together."""
+    if w13.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"w13 and w2 have shapes {list(w13.shape)} and {list(w2.shape)}, "
+            "expected three dimensions each"
+        )
+    num_experts, hidden, intermediate = w2.shape
+    wide = 2 * intermediate if act.gated else intermediate
+    _check_shape("w13", w13, (num_experts, wide, hidden), f"w2 {list(w2.shape)} and {act.name}")
+    if w13.dtype not in _FLOATS or w2.dtype != w13.dtype:
+        raise ValueError(
+            f"w13 is {w13.dtype} and w2 {w2.dtype}, expected the same of bfloat16, float16, float32"
+        )
+    for name, bias, width in (("w13_bias", w13_bias, wide), ("w2_bias", w2_bias, hidden)):
+        if bias is not None:
+            _check_shape(name, bias, (num_experts, width), f"w2 {list(w2.shape)}")
+            if bias.dtype not in _FLOATS:
+                raise ValueError(f"{name} is {bias.dtype}, expected {w13.dtype}")
+
+
+def _check_call(
+    hidden_TH: Tensor,
+    experts: _Experts,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    expert_map: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """ValueError unless the tensors of one call fit each other and the weights."""
+    if hidden_TH.dim() != 2 or hidden_TH.shape[1] != experts.hidden_size:
+        raise ValueError(
+            f"hidden_TH has shape {list(hidden_TH.shape)}, expected "
+            f"[T, {experts.hidden_size}] by the weights"
+        )
+    if hidden_TH.dtype != experts.dtype:
+        raise ValueError(f"hidden_TH is {hidden_TH.dtype}, expected {experts.dtype} as the weights")
+    if experts_TK.dim() != 2 or experts_TK.shape[0] != hidden_TH.shape[0]:
+        raise ValueError(
+            f"experts_TK has shape {list(experts_TK.shape)}, expected "
+            f"[{hidden_TH.shape[0]}, K] by hidden_TH"
+        )
+    if experts_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"experts_TK is {experts_TK.dtype}, expected int32 or int64")
+    _check_shape("weights_TK", weights_TK, tuple(experts_TK.shape), "experts_TK")
+    if weights_TK.dtype != torch.float32:
+        raise ValueError(f"weights_TK is {weights_TK.dtype}, expected torch.float32")
+    if expert_map is not None and (expert_map.dim() != 1 or expert_map.dtype != torch.int32):
+        raise ValueError(
+            f"expert_map is {expert_map.dtype} {list(expert_map.shape)}, expected "
+            "torch.int32 with one dimension"
+        )
+    if out is not None:
+        _check_shape("out", out, tuple(hidden_TH.shape), "hidden_TH")
+        if out.dtype != hidden_TH.dtype:
+            raise ValueError(f"out is {out.dtype}, expected {hidden_TH.dtype} as hidden_TH")
+
+
+def _check_shape(name: str, value: Tensor, expected: tuple[int, ...], reason: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, expected {list(expected)} by {reason}"
+        )
