@@ -20,7 +20,7 @@ __all__ = ["NO_LIMIT", "Routing", "route"]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "torch", "triton")
-_SIZE_LIMIT = 2**30  # of T * E and groups * bins: sort keys of the routing are 63 bits wide
+_SIZE_LIMIT = 2**29  # of T * E and groups * bins: sort keys of the routing are 63 bits wide
 _MAX_DEVICES = 2**16  # a mistaken huge id would ask for as many limits
 
 
@@ -100,17 +100,18 @@ def route(
           decode tokens included. C = max(min_capacity, ceil(gamma * T * k / E)); at level device
           max(n_d * min_capacity, ceil(n_d * gamma * T * k / E)) for a device of n_d experts.
           Exact integers, for gamma as written.
-        - No limit is in effect with mode off; with gamma inf; in a step of fewer than min_tokens
-          real tokens; in a group without a prompt token; and in a group where no load can pass
+        - No limit is in effect with mode off; with gamma inf; in a group of fewer than
+          min_tokens real tokens; without a prompt token; and in a group where no load can pass
           it (C >= T; at level device C_d >= T * min(k, n_d) on all devices). Such a group is
           plain top-k in every mode.
         - Decode tokens hold exactly their top-k. They are seated first; max(0, C - their load)
           seats of a bin are left for prompt tokens. Padding rows hold nothing and count nowhere.
         - Candidates of a prompt token: its top-k; in Expanded Drop also the best m experts
           outside of it, anywhere or on its own device. A bin (expert or device, per group) keeps
-          the best of them by metric, then lower token index, then lower expert. The token index
-          is the position among the real tokens of the group. With a priority the tokens that
-          are not first to drop are all seated before the others.
+          the best of them by metric, then lower token index, then lower expert; a NaN score
+          never wins over a number, whatever the metric or the priority. The token index is the
+          position among the real tokens of the group. With a priority the tokens that are not
+          first to drop are all seated before the others.
         - Metrics: score, highest first; order, lowest token index first; reverse-order, highest
           first; random, highest draw first, where draw = fmix32(fmix32(fmix32(seed) + index) +
           expert) modulo 2**32 and fmix32 is murmur3's finaliser.

@@ -257,8 +257,9 @@ def metric_keys(
 ) -> Tensor:
     """int64 [T, L] in [0, 2^32): the rank of a candidate in its bin, lower is better.
 
-    Equal ranks go to the lower token index, then to the lower expert, since that is the order of
-    the flat list: `fill_bins` sorts stably, and equal scores of a row stand by expert.
+    Of candidates whose scores are numbers; `is_nan` puts the others behind them. Equal ranks go
+    to the lower token index, then to the lower expert, since that is the order of the flat list:
+    `fill_bins` sorts stably, and equal scores of a row stand by expert.
     index_T: the token indices, for metric `random` only. `order` and `reverse-order` compare
     tokens of one group only, for which the row in the step does as well.
     """
@@ -282,21 +283,28 @@ def count(index: Tensor, size: int) -> Tensor:
     return zeros.scatter_add_(0, index_N, torch.ones_like(index_N))
 
 
-def fill_bins(bin_TL: Tensor, rank_TL: Tensor, class_T: Tensor | None, seats_B1: Tensor) -> Tensor:
+def is_nan(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:
+    """bool [T, L]: candidates with a NaN score. They win no seat over a number, in any metric."""
+    return keys_TE.gather(1, experts_TL) >> _expert_bits(keys_TE.shape[1]) == _NAN_KEY
+
+
+def fill_bins(
+    bin_TL: Tensor, nan_TL: Tensor, class_T: Tensor | None, rank_TL: Tensor, seats_B1: Tensor
+) -> Tensor:
     """bool [T, L]: which assignments win a seat (algorithms 1 and 2, the line "keep top C").
 
     bin_TL: int64, flat bin of an assignment, the last one for those that do not compete.
-    rank_TL: int64 in [0, 2^32), lower is better. class_T: 0 or 1, class 0 is seated first.
-    seats_B1: int64, seats per flat bin.
+    nan_TL: bool, seated last. class_T: 0 or 1, class 0 is seated first.
+    rank_TL: int64 in [0, 2^32), lower is better. seats_B1: int64, seats per flat bin.
 
-    One stable sort by (bin, class, rank, token, expert); the position within the bin is the
+    One stable sort by (bin, nan, class, rank, token, expert); the position within the bin is the
     position in the sorted list less the start of the bin, and the first `seats` positions win.
     """
-    keys_TL = (bin_TL << 33) + rank_TL
+    keys_TL = (((bin_TL << 1) + nan_TL) << 33) + rank_TL
     if class_T is not None:
         keys_TL += (class_T.long() << 32)[:, None]
     sorted_N, order_N = keys_TL.reshape(-1).sort(stable=True)
-    sorted_N >>= 33
+    sorted_N >>= 34
     count_B1 = count(bin_TL, seats_B1.shape[0])
     end_of_seats_B1 = count_B1.cumsum(0) - count_B1 + seats_B1
     wins_N = torch.arange(sorted_N.shape[0], device=sorted_N.device) < end_of_seats_B1[sorted_N]
@@ -325,7 +333,7 @@ def group_limits(
 ) -> tuple[Tensor, Tensor]:
     """int64 [G], the real tokens of each group, and int32 [G, X], its limits or NO_LIMIT.
 
-    No limit is in effect in a step of fewer than min_tokens, in a group without a prompt token,
+    No limit is in effect in a group of fewer than min_tokens, in a group without a prompt token,
     and where no load can pass its limit (which the table of capacities says).
     """
     if group_T is not None:
@@ -335,8 +343,8 @@ def group_limits(
     else:
         count_G = torch.full((1,), T, device=table.device)
     limit_GX = table[count_G]
-    if plan.min_tokens > 0 and real_T is not None:
-        limit_GX = limit_GX.masked_fill(count_G.sum() < plan.min_tokens, NO_LIMIT)
+    if plan.min_tokens > 0:
+        limit_GX = limit_GX.masked_fill((count_G < plan.min_tokens)[:, None], NO_LIMIT)
     if prompt_T is not None and prompt_T is not real_T:
         if group_T is None:
             prompts_G = prompt_T.sum().reshape(1)
@@ -349,18 +357,20 @@ def group_limits(
 # --- Rows of the result ---------------------------------------------------------------------
 
 
-def kept_weights(weights_TW: Tensor, renormalize: bool) -> Tensor:
+def kept_weights(weights_TW: Tensor, unused_TW: Tensor | None, renormalize: bool) -> Tensor:
     """float32 [T, W]: the scores as they are, or w_i / (w_0 + w_1 + ...), summed in row order.
 
     The sum is taken column by column, so that its roundings are the same everywhere. A row whose
-    sum is 0 stays as it is.
+    sum is 0 stays as it is. unused_TW: bool, the places that hold no expert; they stay 0, also
+    where the sum is negative or NaN. None if there are none.
     """
     if not renormalize:
         return weights_TW
     total_T = weights_TW[:, 0].clone()
     for w in range(1, weights_TW.shape[1]):
         total_T += weights_TW[:, w]
-    return weights_TW / total_T.masked_fill_(total_T == 0, 1.0)[:, None]
+    weights_TW = weights_TW / total_T.masked_fill_(total_T == 0, 1.0)[:, None]
+    return weights_TW if unused_TW is None else weights_TW.masked_fill_(unused_TW, 0.0)
 
 
 def pack_rows(
@@ -382,6 +392,7 @@ def pack_rows(
     T, L = experts_TL.shape
     E, W = plan.num_experts, plan.width
     scores_TL = scores_TE.gather(1, experts_TL)
+    unused_TW = None
     if held_TL is None and L == W:
         experts_TW, weights_TW = experts_TL, scores_TL
         load_after_E = count(experts_TL, E)
@@ -395,7 +406,8 @@ def pack_rows(
         experts_TW = experts_TL.new_full((T, W + 1), E).scatter_(1, column_TL, experts_TL)[:, :W]
         weights_TW = scores_TL.new_zeros((T, W + 1)).scatter_(1, column_TL, scores_TL)[:, :W]
         load_after_E = count(experts_TW, E + 1)[:-1]
-        experts_TW = experts_TW.masked_fill(experts_TW == E, -1)
+        unused_TW = experts_TW == E
+        experts_TW = experts_TW.masked_fill(unused_TW, -1)
     if real_T is None:
         load_before_E = count(topk_TK, E)
     else:
@@ -408,7 +420,7 @@ def pack_rows(
     assert without_T is not None
     return Selection(
         experts=experts_TW.int(),
-        weights=kept_weights(weights_TW, plan.renormalize).contiguous(),
+        weights=kept_weights(weights_TW, unused_TW, plan.renormalize).contiguous(),
         load_before=load_before_E.int(),
         load_after=load_after_E.int(),
         capacity=limit_GX,
@@ -457,7 +469,7 @@ def route_torch(
     device_E, token_device_T: int64 [E] and [T], used at level device and for local candidates.
     seed: for metric random.
 
-    T * E, and num_requests times the bins of a group, must be below 2^30.
+    T * E, and num_requests times the bins of a group, must be below 2^29.
     """
     T, k, B = scores_TE.shape[0], plan.top_k, plan.num_bins
     G = num_requests if plan.scope == "request" else 1
@@ -532,7 +544,7 @@ def route_torch(
     if plan.priority != "uniform":
         assert is_image_T is not None
         class_T = is_image_T if plan.priority == "image-first" else ~is_image_T
-    held_TL = fill_bins(bin_TL, rank_TL, class_T, seats_B1)
+    held_TL = fill_bins(bin_TL, is_nan(keys_TE, experts_TL), class_T, rank_TL, seats_B1)
     if decode_TL is not None:
         held_TL = held_TL | decode_TL
     return pack_rows(plan, scores_TE, topk_TK, real_T, experts_TL, held_TL, is_topk_TL, limit_GX)

@@ -198,16 +198,16 @@ def test_no_limit_is_plain_top_k(mode: str) -> None:
     assert route(CROWDED, 1, config(mode, min_tokens=4)).capacity == 2
 
 
-def test_min_tokens_counts_real_tokens_of_the_step() -> None:
+def test_min_tokens_counts_real_tokens_of_the_group() -> None:
     padded = torch.cat([CROWDED, CROWDED[:2]])
     r = route(padded, 1, config(min_tokens=5), is_padding=mask(4, 5, size=6))
     assert (r.capacity, held(r)) == (None, [[0]] * 4 + [[]] * 2)
     r = route(padded, 1, config(min_tokens=4), is_padding=mask(4, 5, size=6))
     assert (r.capacity, held(r)) == (2, [[], [0], [], [0], [], []])
-    # Each request has two tokens, but the step has four: C = max(1, ceil(2 / 2)) = 1.
-    ids = torch.tensor([0, 0, 1, 1])
-    r = route(CROWDED, 1, config(scope="request", min_tokens=4), request_ids=ids)
-    assert isinstance(r.capacity, Tensor) and r.capacity.tolist() == [1, 1]
+    # In scope request another request must not lend its tokens: two of them here, of 3 and of 1.
+    ids = torch.tensor([0, 0, 0, 1])
+    r = route(CROWDED, 1, config(scope="request", min_tokens=3), request_ids=ids)
+    assert isinstance(r.capacity, Tensor) and r.capacity.tolist() == [2, NO_LIMIT]
 
 
 # --- Device level -----------------------------------------------------------------------------

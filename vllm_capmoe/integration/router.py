@@ -161,6 +161,14 @@ class CapacityRouter(BaseRouter):
         )
         if tokens.live and is_padding is not None:
             self.stats.add(selection)
+            if self.stats.recording:
+                self.stats.record(
+                    selection,
+                    topk=topk_ids,
+                    is_padding=is_padding[:rows],
+                    is_decode=is_decode,
+                    request=tokens.request[:rows],
+                )
         weights, experts = selection.weights, selection.experts
         if self.scale != 1.0:
             weights = weights * self.scale

@@ -25,7 +25,7 @@ class LayerStats:
     load_E: int64 [2, E], assignments per expert, before capacity and after.
     totals: int64 [6], in the order of `TOTALS`; `max_before` and `max_after` add up the largest
         load of each step, the number that a step waits for under expert parallelism.
-    records: the loads of every step, kept only while recording is on (tests and traces).
+    records: the routing of every step, kept only while `recording` is on (tests and traces).
     """
 
     name: str
@@ -57,16 +57,18 @@ class LayerStats:
                 after,
             )
         )
-        if self.recording:
-            self.records.append(
-                {
-                    "layer": self.name,
-                    "load_before": selection.load_before.tolist(),
-                    "load_after": selection.load_after.tolist(),
-                    "capacity": selection.capacity.tolist(),
-                    "experts": selection.experts.tolist(),
-                }
-            )
+
+    def record(self, selection: Selection, **tokens: Tensor | None) -> None:
+        """Keep one step: the decision, and what `tokens` says of its rows (tensors [T, ...])."""
+        step: dict[str, Any] = {
+            "layer": self.name,
+            "load_before": selection.load_before.tolist(),
+            "load_after": selection.load_after.tolist(),
+            "capacity": selection.capacity.tolist(),
+            "experts": selection.experts.tolist(),
+        }
+        step |= {name: None if rows is None else rows.tolist() for name, rows in tokens.items()}
+        self.records.append(step)
 
     def counters(self) -> dict[str, Any]:
         """All counters as plain numbers, keys as `TOTALS`, with the loads by expert beside."""
