@@ -71,15 +71,15 @@ def merge(additional_config: Any, given: dict[str, Any]) -> Any:
             f"is a dict, but it is a {type(additional_config).__name__}."
         )
     before = additional_config.get(KEY) or {}
-    capacity_config({KEY: before})
-    for key, value in given.items():
-        if key in before and before[key] != value:
+    configured, wanted = capacity_config({KEY: before}), CapacityConfig.from_dict(given)
+    for key in given:
+        if key in before and getattr(configured, key) != getattr(wanted, key):
             raise ValueError(
-                f"--moe-capacity-{key.replace('_', '-')} came as {value!r} and in "
+                f"--moe-capacity-{key.replace('_', '-')} came as {given[key]!r} and in "
                 f'additional_config["{KEY}"] as {before[key]!r}: one value is accepted.'
             )
-    merged = {**before, **given}
-    return {**additional_config, KEY: CapacityConfig.from_dict(merged).to_dict()}
+    merged = CapacityConfig.from_dict({**before, **given})
+    return {**additional_config, KEY: merged.to_dict()}
 
 
 def _accept_keywords(original: Function) -> Function:
@@ -119,6 +119,8 @@ def _carry_flags(original: Function) -> Function:
             if hasattr(args, PREFIX + option.key)
         }
         engine_args.additional_config = merge(engine_args.additional_config, given)
+        # Further API servers are made from these arguments, before they have loaded any plugin.
+        args.additional_config = engine_args.additional_config
         return engine_args
 
     return from_cli_args

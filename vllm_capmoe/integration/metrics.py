@@ -71,9 +71,13 @@ class Summary:
         )
 
 
-def one_per_layer(workers: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One engine's counters, each layer once: tensor-parallel ranks all count the same tokens."""
-    return list({layer["layer"]: layer for worker in workers for layer in worker}.values())
+def layers_of(engines: Iterable[list[list[dict[str, Any]]]]) -> Iterable[dict[str, Any]]:
+    """The layers' counters of all data-parallel engines; every engine answers worker by worker.
+
+    Within an engine each layer is taken once: its tensor-parallel ranks all count the same tokens.
+    """
+    for workers in engines:
+        yield from {layer["layer"]: layer for worker in workers for layer in worker}.values()
 
 
 class Series:
@@ -126,11 +130,15 @@ def _publish_too(original: Function) -> Function:
 
         from vllm_capmoe.integration.engine_args import capacity_config
 
-        if not capacity_config(self.vllm_config.additional_config).enabled:
+        client = self.engine_core
+        enabled = capacity_config(self.vllm_config.additional_config).enabled
+        if not enabled or client.client_index != 0:  # one of several API servers speaks for all
             return
         logger = init_logger("vllm.capmoe")
         try:
-            workers = await self.collective_rpc("moe_capacity_counters")
+            engines = await client.call_utility_all_async(
+                "collective_rpc", "moe_capacity_counters", None, (), {}
+            )
         except Exception:  # statistics must not take a server down; the engine reports its own end
             logger.exception("MoE capacity: the workers' counters could not be read")
             return
@@ -138,7 +146,7 @@ def _publish_too(original: Function) -> Function:
         name = name if isinstance(name, str) else name[0]
         if name not in _series:
             _series[name] = Series(name)
-        new = _series[name].advance(Summary.of(one_per_layer(workers)))
+        new = _series[name].advance(Summary.of(layers_of(engines)))
         if new.assignments:
             logger.info("MoE capacity: %s", new)
 

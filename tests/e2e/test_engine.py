@@ -1,0 +1,165 @@
+"""Offline engines: off is stock vLLM, gamma = inf is stock vLLM, a small gamma binds.
+
+All engines run in float32 on weights of real scale, where a lost expert shows.
+"""
+
+import math
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+TOPICS = (
+    "The oldest bridge of the town",
+    "Operating systems schedule",
+    "A recipe for bread",
+    "def fibonacci(n):",
+    "In the winter of 1854",
+    "Mixture of experts layers",
+)
+PROMPTS = [f"{topic} {ending}" for topic in TOPICS for ending in ("", "is", "and then", "because")]
+LONG = "The quick brown fox jumps over the lazy dog while the experts wait for their tokens. " * 6
+LOGPROB_TOLERANCE = 2e-3  # float32, another order of sums; measured differences are below 1e-4
+
+
+def assert_same(stock: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Equal log-probabilities, and equal greedy tokens while the margin exceeds the tolerance."""
+    for one, other in zip(stock["batches"][0], ours["batches"][0], strict=True):
+        assert one["prompt_logprobs"] == pytest.approx(
+            other["prompt_logprobs"], abs=LOGPROB_TOLERANCE
+        )
+        for position, top in enumerate(one["top"]):
+            assert top[0][0] == pytest.approx(other["top"][position][0][0], abs=LOGPROB_TOLERANCE)
+            if top[0][0] - top[1][0] <= 2 * LOGPROB_TOLERANCE:
+                break  # a tie: from here the texts may differ
+            assert one["token_ids"][position] == other["token_ids"][position]
+
+
+def difference(stock: dict[str, Any], ours: dict[str, Any]) -> float:
+    """The largest difference of a prompt token's log-probability."""
+    return max(
+        abs(a - b)
+        for one, other in zip(stock["batches"][0], ours["batches"][0], strict=True)
+        for a, b in zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def stock(run) -> dict[str, Any]:
+    """vLLM without the plugin."""
+    return run([PROMPTS], plugin=False)
+
+
+def test_installed_and_off_is_stock_vllm_to_the_bit(run, stock):
+    off = run([PROMPTS])
+    assert off["batches"] == stock["batches"]
+    assert off["patched"] == stock["patched"] == []
+    assert "MoE capacity" not in off["log"]
+
+
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+def test_without_a_limit_is_stock_vllm_to_rounding(run, stock, mode):
+    ours = run([PROMPTS], moe_capacity_mode=mode, moe_capacity_factor=math.inf)
+    assert len(ours["patched"]) == 4, "the engine under test is not ours"
+    assert_same(stock, ours)
+    for layer in ours["counters"]:
+        assert layer["load_before"] == layer["load_after"]
+        assert sum(layer["load_before"]) > 0
+
+
+def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
+    """Also: a small gamma changes what the model says, whoever computes it."""
+    settings = {"moe_capacity_mode": "expanded", "moe_capacity_factor": 0.5}
+    ours = run([PROMPTS], **settings)
+    theirs = run([PROMPTS], **settings, moe_capacity_backend="vllm")
+    assert_same(ours, theirs)
+    assert [c["load_after"] for c in ours["counters"]] == [
+        c["load_after"] for c in theirs["counters"]
+    ]
+    assert difference(stock, ours) > 0.1
+    assert "dropped assignments; they are computed with weight zero" in theirs["log"]
+
+
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+def test_no_load_passes_its_limit_and_decode_keeps_its_experts(run, mode):
+    """Small steps, so that prompts are cut into chunks and share steps with decoding requests."""
+    ours = run(
+        [[LONG, *PROMPTS[:6], LONG + LONG[:99]]],
+        max_tokens=24,
+        max_num_batched_tokens=64,
+        moe_capacity_mode=mode,
+        moe_capacity_factor=0.25,
+        moe_capacity_min_capacity=1,
+    )
+    mixed = limited = 0
+    for step in ours["records"][0]:
+        decode_load = [0] * len(step["load_before"])
+        kinds = set()
+        for row, held in enumerate(step["experts"]):
+            held = sorted(expert for expert in held if expert >= 0)
+            if step["is_padding"][row]:
+                assert held == []
+                continue
+            kinds.add(step["is_decode"][row])
+            if step["is_decode"][row]:
+                assert held == sorted(step["topk"][row])
+                for expert in held:
+                    decode_load[expert] += 1
+        mixed += kinds == {True, False}
+        tokens = sum(not padding for padding in step["is_padding"])
+        ((capacity,),) = step["capacity"]
+        if False not in kinds:
+            assert step["load_after"] == step["load_before"]
+            continue
+        assert capacity == max(1, math.ceil(0.25 * tokens * 2 / 8))
+        for load, decode in zip(step["load_after"], decode_load, strict=True):
+            assert load <= max(capacity, decode)
+        limited += step["load_after"] != step["load_before"]
+    assert mixed >= 8 and limited >= 8, "the run had no steps of the kind under test"
+
+
+def rows_of(records: list[dict[str, Any]], number: int) -> list[Any]:
+    """The prompt rows of one request: its position in the batch, over all layers."""
+    return [
+        held
+        for step in records
+        if not any(step["is_decode"])
+        for held, request, padding in zip(
+            step["experts"], step["request"], step["is_padding"], strict=True
+        )
+        if request == number and not padding
+    ]
+
+
+@pytest.mark.parametrize(("scope", "alike"), [("request", True), ("batch", False)])
+def test_who_shares_the_batch_matters_only_in_scope_batch(run, scope, alike):
+    """The routing of a request's prompt, in company and alone."""
+    company = [LONG, LONG[100:400], LONG[::-1][:300]]
+    ours = run(
+        [company, *[[prompt] for prompt in company]],
+        max_tokens=1,
+        moe_capacity_mode="expanded",
+        moe_capacity_factor=0.5,
+        moe_capacity_scope=scope,
+    )
+    together, *alone = ours["records"]
+    same = [rows_of(together, n) == rows_of(alone[n], 0) for n in range(len(company))]
+    assert all(len(rows_of(together, n)) > 100 for n in range(len(company)))
+    assert all(same) if alike else not any(same)
+
+
+def test_compiled_is_eager_to_rounding(run):
+    settings: dict[str, Any] = {"moe_capacity_mode": "expanded", "moe_capacity_factor": 1.0}
+    eager = run([[LONG]], **settings)
+    # Given by the configuration dict this time, which is how settings reach workers anyway.
+    compiled = run(
+        [[LONG]],
+        enforce_eager=False,
+        additional_config={"moe_capacity": {"mode": "expanded", "factor": 1.0}},
+    )
+    assert "torch.compile" in compiled["log"]
+    assert_same(eager, compiled)
+    assert [c["load_after"] for c in eager["counters"]] == [
+        c["load_after"] for c in compiled["counters"]
+    ]

@@ -1,0 +1,180 @@
+"""Compile the expert kernels ahead of time, without a GPU, with the arguments of real calls.
+
+Run by test_experts_aot.py in a process of its own, since TRITON_INTERPRET=1 (set for the other
+tests) makes kernels that can't be compiled. Prints one JSON line per compiled kernel.
+
+    python experts_aot_worker.py '[{"capability": [9, 0], "tokens": 1, ...}, ...]'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from capmoe_kernels import experts, launch
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NUM_SMS = {8: 108, 9: 132, 10: 148, 12: 170}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+}
+
+
+class AheadOfTime:
+    """Stands in for a kernel: a launch compiles it for `capability` and records what came out."""
+
+    def __init__(self, kernel: Any, capability: tuple[int, int], records: list[dict[str, Any]]):
+        self.kernel, self.capability, self.records = kernel, capability, records
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.compile(grid, args, kwargs)
+
+    def compile(self, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for index, param in enumerate(self.kernel.params):
+            value = values[param.name]
+            if param.is_constexpr or value is None:
+                signature[param.name] = "constexpr"
+                constants[(index,)] = value
+            elif isinstance(value, TensorDescriptor):
+                block = ",".join(map(str, value.block_shape))
+                signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+            elif isinstance(value, torch.Tensor):
+                signature[param.name] = "*" + TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]  # as torch's allocator gives
+            else:
+                signature[param.name] = "i32" if value < 2**31 else "i64"
+        major, minor = self.capability
+        compiled = triton.compile(
+            ASTSource(self.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", 10 * major + minor, 32),
+            options=options,
+        )
+        self.records.append({"grid": list(grid), **facts(compiled, self.kernel.__name__)})
+
+
+def facts(compiled: Any, name: str) -> dict[str, Any]:
+    """What the compiler says of a kernel."""
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
+    waits = re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", compiled.asm["ttgir"])
+    return {
+        "kernel": name,
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": compiled.metadata.shared,
+        "num_warps": compiled.metadata.num_warps,
+        "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m\d+n\d+k\d+)", ptx))),
+        "wgmma_in_flight": max(map(int, waits), default=0),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "mma": ptx.count("mma.sync"),
+        "tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
+    }
+
+
+def compile_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Launch all three kernels as fused_experts does, on tensors without memory."""
+    major, minor = case["capability"]
+    chip = launch.Chip((major, minor), NUM_SMS[major])
+    tokens, width, num_experts = case["tokens"], case["width"], case["experts"]
+    num_hidden, intermediate = case["hidden"], case["intermediate"]
+    dtype = getattr(torch, case.get("dtype", "bfloat16"))
+    act = experts.resolve_activation(case.get("activation", "silu"))
+    config = launch.default_config(
+        tokens,
+        width,
+        num_experts,
+        num_hidden,
+        intermediate,
+        chip=chip,
+        itemsize=dtype.itemsize,
+    )
+    if "config" in case:
+        config = launch.ExpertsConfig.from_dict(case["config"])
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    wide = 2 * intermediate if act.gated else intermediate
+    biased = case.get("bias", False)
+    slots = tokens * width
+    seats = experts.Seats(
+        empty(slots, of=torch.int32),
+        empty(num_experts + 1, of=torch.int32),
+    )
+    weights = empty(tokens, width, of=torch.float32)
+    acts = empty(slots, intermediate)
+    split = config.down.split_k
+    rows = empty(split * slots * num_hidden, of=torch.float32 if split > 1 else dtype)
+    records: list[dict[str, Any]] = []
+    for name in ("gate_up_kernel", "down_kernel", "combine_kernel"):
+        kernel = getattr(experts.kernels, name)
+        kernel = kernel.kernel if isinstance(kernel, AheadOfTime) else kernel
+        setattr(experts.kernels, name, AheadOfTime(kernel, (major, minor), records))
+    experts.launch_gate_up(
+        empty(tokens, num_hidden),
+        empty(num_experts, wide, num_hidden),
+        empty(num_experts, wide) if biased else None,
+        weights,
+        seats,
+        acts,
+        act,
+        config.gate_up,
+        chip,
+        mul_weight=False,
+    )
+    experts.launch_down(
+        acts,
+        empty(num_experts, num_hidden, intermediate),
+        empty(num_experts, num_hidden) if biased else None,
+        weights,
+        seats,
+        rows,
+        config.down,
+        chip,
+        mul_weight=True,
+    )
+    experts.launch_combine(
+        rows, empty(tokens, width, of=torch.int32), None, empty(tokens, num_hidden), config
+    )
+    return {"config": config.to_dict(), "kernels": records}
+
+
+def main() -> None:
+    for case in json.loads(sys.argv[1]):
+        print(json.dumps({"case": case, **compile_case(case)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""`CapacityRouter` around vLLM's own routers, on tensors, without an engine."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+from vllm_capmoe import CapacityConfig
+from vllm_capmoe.integration import router as router_module
+from vllm_capmoe.integration import step
+from vllm_capmoe.integration.router import CapacityRouter
+from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.plan import resolve
+
+T, E, K = 37, 16, 4
+BIAS = torch.linspace(-0.2, 0.2, E)
+
+# What a model asks for, as arguments of vLLM's router factory.
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral: softmax, renormalised": {"renormalize": True},
+    "olmoe: softmax as it is": {"renormalize": False},
+    "deepseek-v2: softmax in groups, scaled": {
+        "renormalize": False,
+        "use_grouped_topk": True,
+        "num_expert_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 16.0,
+    },
+    "deepseek-v3: sigmoid in groups, biased, renormalised, scaled": {
+        "renormalize": True,
+        "use_grouped_topk": True,
+        "num_expert_group": 4,
+        "topk_group": 2,
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+        "e_score_correction_bias": BIAS,
+    },
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def asked(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch) -> step.StepTokens:
+    """A step of T prompt tokens of one request."""
+    here = step.StepTokens.allocate(T, torch.device("cpu"))
+    here.fill(torch.zeros(T, dtype=torch.int64), torch.arange(T), torch.tensor([T]))
+    monkeypatch.setattr(step, "_tokens", here)
+    return here
+
+
+@pytest.fixture
+def context() -> Iterator[ForwardContext]:
+    made = ForwardContext(
+        no_compile_layers={},
+        attn_metadata={},
+        slot_mapping={},
+        is_padding=torch.zeros(T, dtype=torch.bool),
+    )
+    with override_forward_context(made):
+        yield made
+
+
+def make(asked: dict[str, Any], **settings: Any) -> CapacityRouter:
+    """Through the wrapped factory, as a layer of a model gets its router."""
+
+    def original(**kwargs: Any) -> CPURouter:
+        names = ("eplb_state", "num_logical_experts")
+        return CPURouter(**{k: v for k, v in kwargs.items() if k not in names})
+
+    config = CapacityConfig(**settings)
+
+    class VllmConfig:
+        additional_config = {"moe_capacity": config.to_dict()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.config.get_current_vllm_config", lambda: VllmConfig)
+        made = router_module._make_router(original)(
+            top_k=K, global_num_experts=E, num_logical_experts=E, **asked
+        )
+    assert isinstance(made, CapacityRouter)
+    plan = resolve(config, num_experts=E, top_k=K, renormalize=made.renormalize)
+    made.bind(
+        "layer",
+        plan,
+        LayerStats.allocate("layer", E, torch.device("cpu")),
+        seed=0,
+        expert_device_E=None,
+        own_device=None,
+        fill_dropped=False,
+    )
+    return made
+
+
+def by_expert(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """float32 [T, E]: the weight of every expert, 0 where it isn't held."""
+    dense = torch.zeros(experts.shape[0], E + 1)
+    return dense.scatter(1, experts.long() % (E + 1), weights)[:, :E]
+
+
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_limit_it_is_vllms_router(asked, tokens, context, mode, dtype):
+    made = make(asked, mode=mode, factor="inf")
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(dtype)
+    theirs = made.inner._compute_routing(logits, logits, None)
+    ours = made.route(logits, theirs[1])
+    torch.testing.assert_close(by_expert(*ours), by_expert(*theirs), rtol=1e-2, atol=1e-2)
+    if dtype == torch.float32:
+        torch.testing.assert_close(by_expert(*ours), by_expert(*theirs), rtol=2e-6, atol=1e-7)
+
+
+def test_capacity_comes_after_the_models_choice(asked, tokens, context):
+    made = make(asked, mode="drop", factor=0.5, min_capacity=1)
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(1))
+    _, topk_ids = made.inner._compute_routing(logits, logits, None)
+    weights, experts = made.route(logits, topk_ids)
+    held = [set(row) - {-1} for row in experts.tolist()]
+    assert all(h <= set(top) for h, top in zip(held, topk_ids.tolist(), strict=True))
+    loads = torch.bincount(experts[experts >= 0].long(), minlength=E)
+    assert loads.max() <= -(-T * K // (2 * E))  # ceil(0.5 * T * k / E)
+    scale = asked.get("routed_scaling_factor", 1.0)
+    sums = weights.sum(1) / scale
+    if asked["renormalize"]:
+        assert all(s == pytest.approx(1.0) for s, h in zip(sums.tolist(), held, strict=True) if h)
+    counters = made.stats.counters()
+    assert counters["load_after"] == loads.tolist() and counters["steps"] == 1
+    assert counters["dropped"] == T * K - int(loads.sum()) > 0
+
+
+def test_padding_and_decode_come_from_the_step(tokens, context):
+    made = make(MODELS["mixtral: softmax, renormalised"], mode="drop", factor=0.01, min_capacity=1)
+    context.is_padding[30:] = True
+    # Request 0 is at its prompt; requests 1 to 5 generate.
+    request = torch.tensor([0] * 25 + [1, 2, 3, 4, 5])
+    positions = torch.tensor([*range(25), 9, 8, 7, 6, 5])
+    tokens.fill(request, positions, torch.tensor([25, 9, 8, 7, 6, 5]))
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(2))
+    _, topk_ids = made.inner._compute_routing(logits, logits, None)
+    _, experts = made.route(logits, topk_ids)
+    assert (experts[30:] == -1).all()
+    assert [sorted(r) for r in experts[25:30].tolist()] == [
+        sorted(r) for r in topk_ids[25:30].tolist()
+    ]
+    assert (experts[:25] >= 0).sum() < 25 * K
+
+
+def test_a_forward_pass_without_padding_mask_drops_nothing(tokens, context):
+    """Draft models run that way; nothing is known of their tokens."""
+    made = make(MODELS["mixtral: softmax, renormalised"], mode="drop", factor=0.01, min_capacity=1)
+    context.is_padding = None
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
+    _, topk_ids = made.inner._compute_routing(logits, logits, None)
+    _, experts = made.route(logits, topk_ids)
+    assert [sorted(r) for r in experts.tolist()] == [sorted(r) for r in topk_ids.tolist()]
+    assert made.stats.counters()["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"custom_routing_function": lambda **_: None}, "custom routing function"),
+        ({"zero_expert_type": "identity"}, "zero expert type"),
+        ({"num_fused_shared_experts": 1}, "num fused shared experts"),
+        ({"hash_indices_table": torch.zeros(3)}, "hash indices table"),
+        ({"scoring_func": "relu"}, "scores by relu"),
+    ],
+)
+def test_routers_whose_scores_are_unknown_are_refused(asked, named):
+    def original(**kwargs: Any) -> CPURouter:
+        return CPURouter(top_k=K, global_num_experts=E)
+
+    class VllmConfig:
+        additional_config = {"moe_capacity": {"mode": "drop"}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.config.get_current_vllm_config", lambda: VllmConfig)
+        with pytest.raises(ValueError, match=f"--moe-capacity-mode is 'drop'.*CPURouter.*{named}"):
+            router_module._make_router(original)(top_k=K, global_num_experts=E, **asked)
