@@ -135,7 +135,7 @@ class Venv:
         """
         command = [str(self.python), "-m", "pip", *arguments, "--disable-pip-version-check"]
         if not sys.stdout.isatty():
-            command.append("-q")  # no progress bars in logs
+            command.append("-qq")  # in logs, errors only: no progress bars
         if subprocess.run(command, check=False).returncode != 0:
             raise SetupError(
                 f"`pip {' '.join(arguments)}` failed (see above); `make venv` goes on from here"

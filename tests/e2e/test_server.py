@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from engines import serve
 
 pytestmark = pytest.mark.engine
 
@@ -19,7 +20,6 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def server(mode, example_model, tmp_path_factory) -> Iterator:
-    from conftest_e2e import serve
 
     arguments = ["--moe-capacity-mode", mode, "--moe-capacity-factor", "1.0"]
     if mode == "drop":

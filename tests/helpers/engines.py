@@ -101,7 +101,9 @@ def serve(model: Path, folder: Path, *arguments: str, **env: str) -> Iterator[Se
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        left = processes_of_group(process.pid)
+        deadline = time.monotonic() + 20  # what the server started may end a little after it
+        while (left := processes_of_group(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.2)
         if left:
             os.killpg(process.pid, signal.SIGKILL)
         assert not left, f"the server left processes behind: {left}"

@@ -1,0 +1,510 @@
+"""The expert kernels against plain torch: under Triton's interpreter, or on a GPU where one is.
+
+Every tensor that a kernel gets lies between walls of NaN (or of indices that lead to NaN), and
+every tensor that it writes starts as NaN: a read out of bounds spoils the result, a write out of
+bounds the wall.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from capmoe_kernels import experts as ours
+from capmoe_kernels.launch import Chip, CombineConfig, ExpertsConfig, GemmConfig
+
+DEVICE = "cpu" if ours.INTERPRETED else "cuda"
+WALL = 96  # elements; more than a row of most shapes here
+EPS = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
+
+_TILE = GemmConfig(16, 32, 16, group_m=2, num_warps=4, num_stages=2)
+_SMALL = CombineConfig(32, 1)
+
+
+def _config(**changes: Any) -> ExpertsConfig:
+    split = changes.pop("split_k", 1)
+    tile = dataclasses.replace(_TILE, **changes)
+    return ExpertsConfig(tile, dataclasses.replace(tile, split_k=split), _SMALL)
+
+
+CONFIGS = {
+    "descriptors": _config(),
+    "pointers": _config(use_tma=False),
+    "swapped": _config(swap_ab=True, split_k=2),
+    "swapped-pointers": _config(swap_ab=True, use_tma=False, split_k=3),
+}
+
+
+class Walled:
+    """Tensors with walls around them, which `check` finds untouched."""
+
+    def __init__(self) -> None:
+        self.walls: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, values: Tensor, wall: float | None = None) -> Tensor:
+        fill = torch.nan if wall is None else wall
+        base = torch.full((values.numel() + 2 * WALL,), fill, dtype=values.dtype, device=DEVICE)
+        inner = base[WALL : WALL + values.numel()].view(values.shape)
+        inner.copy_(values)
+        for part in (base[:WALL], base[WALL + values.numel() :]):
+            self.walls.append((part, part.clone()))
+        return inner
+
+    def nans(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self(torch.full(shape, torch.nan, dtype=dtype))
+
+    def check(self) -> None:
+        for now, before in self.walls:
+            torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
+
+
+@dataclasses.dataclass
+class Case:
+    """One layer and one routing, on the device and walled in."""
+
+    hidden: Tensor
+    w13: Tensor
+    w2: Tensor
+    weights: Tensor
+    experts: Tensor
+    options: dict[str, Any]
+    walled: Walled
+
+    def run(self, config: ExpertsConfig | None = None, **changes: Any) -> Tensor:
+        """Ours, with seats, workspaces and result walled in and poisoned."""
+        tokens, width = self.experts.shape
+        (num_experts, num_hidden, intermediate), dtype = self.w2.shape, self.hidden.dtype
+        made = ours.make_seats(self.experts, num_experts, self.options.get("expert_map"))
+        slots = tokens * width
+        order = torch.where(
+            torch.arange(slots, device=DEVICE) < made.offsets[-1], made.order, slots
+        )
+        seats = ours.Seats(self.walled(order, slots), self.walled(made.offsets, slots))
+        sizes = ours.workspace_sizes(tokens, width, num_hidden, intermediate, dtype, config)
+        spaces = tuple(self.walled.nans(size, dtype=dtype) for size in sizes)
+        out = self.walled.nans(tokens, num_hidden, dtype=dtype)
+        options = {"config": config, "out": out, "workspaces": spaces, **self.options, **changes}
+        result = ours.fused_experts(
+            self.hidden, self.w13, self.w2, self.weights, self.experts, seats, **options
+        )
+        assert result.data_ptr() == out.data_ptr()
+        self.walled.check()
+        return result
+
+
+def make_case(
+    tokens: int = 9,
+    width: int = 2,
+    num_experts: int = 3,
+    hidden: int = 40,
+    intermediate: int = 24,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: str = "silu",
+    experts: Tensor | None = None,
+    global_experts: int | None = None,
+    bias: torch.dtype | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    torch.manual_seed(seed)
+    walled = Walled()
+    gated = not activation.endswith("_no_mul")
+    wide = 2 * intermediate if gated else intermediate
+    if global_experts is not None:
+        expert_map = torch.full((global_experts,), -1, dtype=torch.int32)
+        here = torch.randperm(global_experts)[:num_experts]
+        expert_map[here] = torch.arange(num_experts, dtype=torch.int32)
+        options["expert_map"] = walled(expert_map, -1)
+    if experts is None:
+        ids = max(num_experts, global_experts or 0, width)
+        experts = torch.stack([torch.randperm(ids)[:width] for _ in range(tokens)])
+        experts[experts >= (global_experts or num_experts)] = -1
+        experts[torch.rand(tokens, width) < 0.2] = -1
+    weights = torch.rand(tokens, width)
+    weights[experts < 0] = torch.nan  # never read
+    if bias is not None:
+        options["w13_bias"] = walled(torch.randn(num_experts, wide).to(bias))
+        options["w2_bias"] = walled(torch.randn(num_experts, hidden).to(bias))
+    return Case(
+        walled(torch.randn(tokens, hidden).to(dtype)),
+        walled((torch.randn(num_experts, wide, hidden) * hidden**-0.5).to(dtype)),
+        walled((torch.randn(num_experts, hidden, intermediate) * intermediate**-0.5).to(dtype)),
+        walled(weights),
+        walled(experts.to(torch.int32), 0),
+        {"activation": activation, **options},
+        walled,
+    )
+
+
+def activate(h: Tensor, options: dict[str, Any]) -> Tensor:
+    """The activations in torch, after vLLM 0.32's layers/activation.py."""
+    name, limit = options["activation"], options.get("swiglu_limit")
+    if name.endswith("_no_mul"):
+        plain = {
+            "silu_no_mul": F.silu,
+            "gelu_no_mul": F.gelu,
+            "gelu_tanh_no_mul": lambda x: F.gelu(x, approximate="tanh"),
+            "relu2_no_mul": lambda x: F.relu(x).square(),
+        }
+        return plain[name](h)
+    gate, up = (h[:, ::2], h[:, 1::2]) if name == "swigluoai" else h.chunk(2, dim=1)
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
+    if name == "situ":
+        beta, linear = options["situ_beta"], options.get("situ_linear_beta")
+        up = up if linear is None else linear * torch.tanh(up / linear)
+        return beta * torch.tanh(gate / beta) * gate.sigmoid() * up
+    if name == "swiglustep":
+        limit = 7.0 if limit is None else limit
+        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+    alpha, beta = options.get("swiglu_alpha"), options.get("swiglu_beta")
+    if name == "silu":
+        alpha, beta = 1.0, 0.0
+    elif name == "swigluoai":
+        alpha, beta = 1.702 if alpha is None else alpha, 1.0 if beta is None else beta
+        limit = 7.0 if limit is None else limit
+    else:
+        alpha, beta = 1.0 if alpha is None else alpha, 0.0 if beta is None else beta
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + beta) * gate * (alpha * gate).sigmoid()
+
+
+def reference(case: Case, dtype: torch.dtype) -> Tensor:
+    """The formula, expert by expert, computed in `dtype`."""
+    options, out = case.options, torch.zeros_like(case.hidden, dtype=dtype)
+    local = case.experts.long()
+    if (expert_map := options.get("expert_map")) is not None:
+        local = torch.where(local < 0, -1, expert_map[local.clamp(min=0)].long())
+    b13, b2 = options.get("w13_bias"), options.get("w2_bias")
+    for e in range(case.w13.shape[0]):
+        rows, places = (local == e).nonzero(as_tuple=True)
+        weight = case.weights[rows, places].unsqueeze(1).to(dtype)
+        on_input = options.get("apply_router_weight_on_input", False)
+        x = case.hidden[rows].to(dtype)
+        x = x * weight if on_input else x
+        h = F.linear(x, case.w13[e].to(dtype), None if b13 is None else b13[e].to(dtype))
+        y = activate(h, options)
+        y = F.linear(y, case.w2[e].to(dtype), None if b2 is None else b2[e].to(dtype))
+        out.index_add_(0, rows, y if on_input else y * weight)
+    return out
+
+
+def assert_as_good_as_torch(case: Case, result: Tensor) -> None:
+    """Ours errs at most twice as much as torch in the same dtype, against float64."""
+    truth = reference(case, torch.float64)
+    torchs = reference(case, case.hidden.dtype).double()
+    scale = truth.norm() + 1e-30
+    error, allowed = (result.double() - truth).norm() / scale, (torchs - truth).norm() / scale
+    assert bool(result.isfinite().all())
+    # The floor: one rounding of the result, for the cases where torch happens to be exact.
+    assert error <= 2 * allowed + EPS[result.dtype], f"ours {error:.2e}, torch {allowed:.2e}"
+
+
+ACTIVATION_OPTIONS: dict[str, dict[str, float]] = {
+    "swigluoai_uninterleave": {"swiglu_limit": 0.7, "swiglu_alpha": 1.3, "swiglu_beta": 0.5},
+    "swiglustep": {"swiglu_limit": 0.5},
+    "situ": {"situ_beta": 0.8, "situ_linear_beta": 1.2},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("activation", ours.ACTIVATIONS)
+def test_activations(activation: str, config: str) -> None:
+    options = ACTIVATION_OPTIONS.get(activation, {})
+    case = make_case(activation=activation, bias=torch.float32, **options)
+    assert_as_good_as_torch(case, case.run(CONFIGS[config]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_dtypes(dtype: torch.dtype, config: str, bias: bool) -> None:
+    case = make_case(11, 3, 4, 48, 40, dtype=dtype, bias=dtype if bias else None, swiglu_limit=2.0)
+    assert_as_good_as_torch(case, case.run(CONFIGS[config]))
+
+
+@pytest.mark.parametrize("tokens,width,num_experts,hidden,intermediate", [
+    (1, 1, 1, 1, 1),
+    (1, 2, 5, 16, 16),
+    (7, 3, 4, 33, 17),
+    (5, 2, 2, 100, 9),
+    (35, 1, 1, 24, 50),  # three m-tiles of one expert: the last group of m-tiles is short
+    (40, 4, 6, 16, 33),
+    (2, 9, 3, 20, 20),  # wider than the experts
+])  # fmt: skip
+@pytest.mark.parametrize("config", CONFIGS)
+def test_odd_sizes(
+    tokens: int, width: int, num_experts: int, hidden: int, intermediate: int, config: str
+) -> None:
+    case = make_case(tokens, width, num_experts, hidden, intermediate)
+    assert_as_good_as_torch(case, case.run(CONFIGS[config]))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", ["nobody", "all-to-one", "only-last", "one-row"])
+def test_lopsided_routing(name: str, config: str) -> None:
+    experts = torch.full((37, 2), -1)
+    if name == "all-to-one":
+        experts[:, 1] = 2
+    elif name == "only-last":
+        experts[:, 0] = torch.where(torch.arange(37) % 3 == 0, 4, -1)
+    elif name == "one-row":
+        experts[20] = torch.tensor([3, 0])
+    case = make_case(37, 2, 5, 24, 16, experts=experts)
+    result = case.run(CONFIGS[config])
+    assert_as_good_as_torch(case, result)
+    assert not result[(experts < 0).all(1).to(DEVICE)].any()  # exactly zero, not just small
+
+
+@pytest.mark.parametrize("config", ["descriptors", "swapped-pointers"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_expert_map_and_weight_on_input(on_input: bool, config: str) -> None:
+    case = make_case(
+        13,
+        4,
+        3,
+        24,
+        16,
+        global_experts=8,
+        bias=torch.bfloat16,
+        apply_router_weight_on_input=on_input,
+    )
+    assert_as_good_as_torch(case, case.run(CONFIGS[config]))
+
+
+def test_configuration_by_heuristics() -> None:
+    case = make_case(6, 2, 4, 48, 32)
+    assert_as_good_as_torch(case, case.run())
+    assert_as_good_as_torch(case, case.run(max_rows_per_expert=6))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_repeats_bitwise(config: str) -> None:
+    case = make_case(12, 3, 4, 40, 24)
+    first = case.run(CONFIGS[config]).clone()
+    assert torch.equal(first, case.run(CONFIGS[config]))
+    # Neither the grid nor the order of the tiles has a say.
+    bounded = case.run(CONFIGS[config], max_rows_per_expert=12)
+    assert torch.equal(first, bounded)
+    tile = CONFIGS[config]
+    other = dataclasses.replace(
+        tile,
+        gate_up=dataclasses.replace(tile.gate_up, group_m=1, programs_per_sm=4),
+        down=dataclasses.replace(tile.down, group_m=7),
+    )
+    assert torch.equal(first, case.run(other))
+
+
+def test_makes_what_is_not_given() -> None:
+    case = make_case()
+    args = (case.hidden, case.w13, case.w2, case.weights, case.experts)
+    config = CONFIGS["descriptors"]
+    result = ours.fused_experts(*args, activation="silu", config=config)
+    assert torch.equal(result, case.run(config))
+
+
+def test_strided_input_and_result_in_place() -> None:
+    case = make_case(10, 2, 3, 24, 16)
+    expected = case.run(CONFIGS["descriptors"]).clone()
+    wide = torch.full((10, 64), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    wide[:, 8:32] = case.hidden
+    view = wide[:, 8:32]
+    for config in ("descriptors", "pointers"):
+        case.hidden = view.clone(memory_format=torch.preserve_format)
+        wide[:, 8:32] = case.hidden
+        case.hidden = view
+        result = case.run(CONFIGS[config])
+        assert torch.equal(result, expected)
+    args = (view, case.w13, case.w2, case.weights, case.experts)
+    result = ours.fused_experts(*args, activation="silu", config=CONFIGS["pointers"], out=view)
+    assert result is view
+    assert torch.equal(view, expected)
+    assert bool(wide[:, :8].isnan().all()) and bool(wide[:, 32:].isnan().all())
+
+
+def test_no_tokens_no_places_no_experts() -> None:
+    case = make_case(0, 2, 3)
+    assert case.run().shape == (0, 40)
+    case = make_case(4, 0, 3)
+    assert torch.equal(case.run(), torch.zeros_like(case.hidden))
+    case = make_case(4, 2, 0, experts=torch.full((4, 2), -1))
+    assert torch.equal(case.run(), torch.zeros_like(case.hidden))
+
+
+def test_example_of_the_docstring() -> None:
+    one = torch.tensor([[[1.0]], [[2.0]]], device=DEVICE)
+    ten = torch.tensor([[[1.0]], [[10.0]]], device=DEVICE)
+    result = ours.fused_experts(
+        torch.tensor([[3.0]], device=DEVICE),
+        one,
+        ten,
+        torch.tensor([[0.5, 0.1]], device=DEVICE),
+        torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE),
+        activation="relu2_no_mul",
+    )
+    torch.testing.assert_close(result, torch.tensor([[40.5]], device=DEVICE))
+
+
+def test_make_seats() -> None:
+    seats = ours.make_seats(torch.tensor([[1, 0], [1, -1]], dtype=torch.int32), 2)
+    assert seats.order[:3].tolist() == [1, 0, 2]
+    assert seats.offsets.tolist() == [0, 1, 3]
+    assert (seats.order.dtype, seats.offsets.dtype) == (torch.int32, torch.int32)
+
+    expert_map = torch.tensor([-1, 2, 0, -1, 1], dtype=torch.int32)
+    experts = torch.stack([torch.randperm(6)[:3] - 1 for _ in range(50)])
+    order, offsets = ours.make_seats(experts, 3, expert_map)
+    for here, everywhere in ((0, 2), (1, 4), (2, 1)):
+        own = order[offsets[here] : offsets[here + 1]]
+        expected = (experts.reshape(-1) == everywhere).nonzero().squeeze(1)
+        assert torch.equal(own.long(), expected)
+
+
+BIG = 2**31 + 2**12  # elements: row and expert offsets past int32
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """BIG bfloat16 elements in a file with a hole: memory only where something is written."""
+    if not ours.INTERPRETED:
+        return torch.empty(BIG, dtype=torch.bfloat16, device=DEVICE)
+    path = tmp_path_factory.mktemp("sparse") / "elements"
+    return torch.from_file(str(path), shared=True, size=BIG, dtype=torch.bfloat16)
+
+
+CHIP = Chip((9, 0), 2)
+
+
+@pytest.mark.parametrize("use_tma", [True, False])
+def test_expert_offsets_beyond_int32(sparse: Tensor, use_tma: bool) -> None:
+    case = make_case(3, 2, 2, 16, 16, experts=torch.tensor([[0, 1]] * 3))
+    expected = case.run(CONFIGS["descriptors"]).clone()
+    for name in ("w13", "w2"):
+        values = getattr(case, name)
+        far = sparse.as_strided(values.shape, (2**31, values.stride(1), 1))
+        setattr(case, name, far.copy_(values))
+        assert torch.equal(case.run(_config(use_tma=use_tma)), expected)
+
+
+def test_seat_and_slot_offsets_beyond_int32(sparse: Tensor) -> None:
+    """One seat far along the intermediate buffer, then one far along the result."""
+    case = make_case(1, 1, 1, 32, 32, experts=torch.tensor([[0]]))
+    far = 2**31 // 32 + 5
+    rows = sparse[: BIG // 32 * 32].view(-1, 32)
+    act = ours.resolve_activation("silu")
+    zero = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def offsets(begin: int) -> Tensor:
+        return torch.tensor([begin, begin + 1], dtype=torch.int32, device=DEVICE)
+
+    def gate_up(seats: ours.Seats, out: Tensor) -> None:
+        ours.launch_gate_up(
+            case.hidden,
+            case.w13,
+            None,
+            case.weights,
+            seats,
+            out,
+            act,
+            _TILE,
+            CHIP,
+            mul_weight=False,
+        )
+
+    near = case.walled.nans(1, 32, dtype=torch.bfloat16)
+    gate_up(ours.Seats(zero, offsets(0)), near)
+    order = torch.zeros(far + 1, dtype=torch.int32, device=DEVICE)
+    gate_up(ours.Seats(order, offsets(far)), rows)
+    assert torch.equal(rows[far], near[0])
+
+    def down(x: Tensor, seats: ours.Seats, out: Tensor, use_tma: bool) -> None:
+        tile = dataclasses.replace(_TILE, use_tma=use_tma)
+        ours.launch_down(x, case.w2, None, case.weights, seats, out, tile, CHIP, mul_weight=False)
+
+    expected = case.walled.nans(1, 32, dtype=torch.bfloat16)
+    down(near, ours.Seats(zero, offsets(0)), expected, True)
+    for use_tma in (True, False):
+        result = case.walled.nans(1, 32, dtype=torch.bfloat16)
+        down(rows, ours.Seats(order, offsets(far)), result, use_tma)  # reads far, writes slot 0
+        assert torch.equal(result, expected)
+    down(near, ours.Seats(zero + far, offsets(0)), rows.view(-1), True)  # writes far
+    assert torch.equal(rows[far], expected[0])
+
+
+def _bad(**changes: Any) -> dict[str, Any]:
+    return changes
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.half()
+
+
+BAD_CALLS = [
+    ("w13", lambda c: c.w13[0], ["w13", "[48, 40]", "three dimensions"]),
+    ("w13", lambda c: c.w13[:, :-2], ["w13", "[3, 46, 40]", "[3, 48, 40]"]),
+    ("w13", lambda c: _half(c.w13), ["float16", "bfloat16"]),
+    ("w13", lambda c: c.w13.transpose(1, 2).contiguous().transpose(1, 2), ["w13", "strides"]),
+    ("w2", lambda c: c.w2[:, :, ::2], ["w2", "[3, 40, 12]"]),
+    ("hidden", lambda c: c.hidden[:, :-1], ["hidden", "[9, 39]", "[T, 40]"]),
+    ("hidden", lambda c: _half(c.hidden), ["hidden", "float16", "bfloat16"]),
+    ("hidden", lambda c: c.hidden.t().contiguous().t(), ["hidden", "strides"]),
+    ("experts", lambda c: c.experts[:-1], ["experts", "[8, 2]", "[9, W]"]),
+    ("experts", lambda c: c.experts.long(), ["experts", "int64", "int32"]),
+    ("experts", lambda c: c.experts.t().contiguous().t(), ["experts", "strides"]),
+    ("weights", lambda c: c.weights[:, :1], ["weights", "[9, 1]", "[9, 2]"]),
+    ("weights", lambda c: c.weights.double(), ["weights", "float64", "float32"]),
+]
+
+
+@pytest.mark.parametrize("name,change,words", BAD_CALLS)
+def test_bad_tensors(name: str, change: Any, words: list[str]) -> None:
+    case = make_case()
+    setattr(case, name, change(case))
+    args = (case.hidden, case.w13, case.w2, case.weights, case.experts)
+    with pytest.raises(ValueError) as error:
+        ours.fused_experts(*args, activation="silu")
+    for word in words:
+        assert word in str(error.value)
+
+
+def _vector(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"activation": "tanh"}, ["'tanh'", "silu"]),
+    ({"activation": "swigluoai_uninterleave"}, ["swiglu_limit None"]),
+    ({"activation": "situ"}, ["situ_beta None"]),
+    ({"w13_bias": _vector(3, 40, dtype=torch.float32)}, ["w13_bias", "[3, 40]", "[3, 48]"]),
+    ({"w2_bias": _vector(3, 40)}, ["w2_bias", "int32"]),
+    ({"expert_map": _vector(5, dtype=torch.int64)}, ["expert_map", "int64", "int32"]),
+    ({"max_rows_per_expert": -1}, ["max_rows_per_expert", "-1"]),
+    ({"out": _vector(9, 40, dtype=torch.float32)}, ["out", "float32", "bfloat16"]),
+    ({"out": _vector(8, 40, dtype=torch.bfloat16)}, ["out", "[8, 40]", "[9, 40]"]),
+    ({"seats": ours.Seats(_vector(17), _vector(4))}, ["seats.order", "[17]", "[18]"]),
+    ({"seats": ours.Seats(_vector(18), _vector(3))}, ["seats.offsets", "[3]", "[4]"]),
+    ({"seats": ours.Seats(_vector(18), _vector(4, dtype=torch.int64))}, ["offsets", "int64"]),
+    ({"workspaces": (_vector(1, dtype=torch.bfloat16),) * 2}, ["workspaces[0]", "1 el", "432"]),
+    ({"workspaces": (_vector(999),) * 2}, ["workspaces[0]", "int32", "bfloat16"]),
+])  # fmt: skip
+def test_bad_options(options: dict[str, Any], words: list[str]) -> None:
+    case = make_case()
+    args = (case.hidden, case.w13, case.w2, case.weights, case.experts)
+    with pytest.raises(ValueError) as error:
+        ours.fused_experts(*args, **{"activation": "silu", **options})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bad_device() -> None:
+    case = make_case()
+    case.hidden = case.hidden.to("meta")
+    args = (case.hidden, case.w13, case.w2, case.weights, case.experts)
+    with pytest.raises(ValueError, match=f"meta, expected {DEVICE}"):
+        ours.fused_experts(*args, activation="silu")

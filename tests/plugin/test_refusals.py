@@ -1,0 +1,202 @@
+"""What can't be served is refused before any weight is loaded, in one sentence that says why."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from engines import VLLM, environment
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_capmoe
+from vllm_capmoe import CapacityConfig
+from vllm_capmoe.integration import checks, compat
+
+vllm_capmoe.register()
+
+
+def engine_config(model: Path, **settings: Any) -> VllmConfig:
+    """What `LLM(...)` does before it starts any process."""
+    return EngineArgs(model=str(model), max_model_len=128, **settings).create_engine_config()
+
+
+@pytest.fixture(scope="session")
+def dense_model(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama: the example's tokenizer with another configuration, and no weights at all."""
+    path = tmp_path_factory.mktemp("models") / "dense"
+    shutil.copytree(example_model, path, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((path / "config.json").read_text())
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    keys += ("num_hidden_layers", "vocab_size", "max_position_embeddings", "rms_norm_eps")
+    kept = {key: config[key] for key in keys}
+    llama = {**kept, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (path / "config.json").write_text(json.dumps(llama))
+    return path
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "max_experts below k": (
+        {"moe_capacity_mode": "expanded", "moe_capacity_max_experts": 1},
+        "--moe-capacity-max-experts is 1, but .* gives each token 2 experts: an integer >= 2",
+    ),
+    "local candidates without owners": (
+        {"moe_capacity_mode": "expanded", "moe_capacity_candidates": "local"},
+        "--moe-capacity-candidates is 'local', but no token belongs to one rank here: 'auto' or",
+    ),
+    "priority without images": (
+        {"moe_capacity_mode": "drop", "moe_capacity_priority": "image-first"},
+        "--moe-capacity-priority is 'image-first', but .*: 'uniform' is accepted",
+    ),
+    "triton on the CPU": (
+        {"moe_capacity_mode": "drop", "moe_capacity_backend": "triton"},
+        "--moe-capacity-backend is 'triton', but the platform is the CPU: 'auto', 'torch' or",
+    ),
+    "unknown key": (
+        {"additional_config": {"moe_capacity": {"mode": "drop", "gamma": 1}}},
+        "unknown key 'gamma', but the accepted keys are mode, factor",
+    ),
+    "no dict": (
+        {"additional_config": {"moe_capacity": "drop"}},
+        r"additional_config\[\"moe_capacity\"\] is 'drop', but a dict of settings is accepted",
+    ),
+    "bad value in the dict": (
+        {"additional_config": {"moe_capacity": {"mode": "drop", "factor": "1.5x"}}},
+        "--moe-capacity-factor is '1.5x', but it must be a number > 0 or inf",
+    ),
+    "lora": (
+        {"moe_capacity_mode": "drop", "enable_lora": True},
+        "--moe-capacity-mode is 'drop', but --enable-lora is True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(example_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        engine_config(example_model, **settings)
+
+
+def test_the_same_engine_without_the_setting_is_accepted(example_model):
+    config = engine_config(example_model, moe_capacity_mode="expanded")
+    assert config.additional_config["moe_capacity"]["mode"] == "expanded"
+
+
+def test_a_dense_model_is_refused_with_a_mode_and_served_without(dense_model):
+    with pytest.raises(ValueError, match="has no Mixture-of-Experts layers: a mode other than"):
+        engine_config(dense_model, moe_capacity_mode="drop")
+    engine_config(dense_model, moe_capacity_mode="off", moe_capacity_factor=1.0)
+
+
+def test_batch_invariance_refuses_scope_batch(example_model, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="--moe-capacity-scope is 'batch'.*VLLM_BATCH_INVARIANT=1"):
+        engine_config(example_model, moe_capacity_mode="drop")
+    checks.check_environment(CapacityConfig(mode="drop", scope="request"))
+
+
+def test_a_hidden_padding_mask_is_refused(example_model, monkeypatch):
+    monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
+    with pytest.raises(ValueError, match="VLLM_MOE_SKIP_PADDING=0 hides"):
+        engine_config(example_model, moe_capacity_mode="drop")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("enable_dbo", True, "--enable-dbo is True: False is accepted"),
+        ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is 2: 1 is accepted"),
+        ("enable_eplb", True, "--enable-eplb is True: False is accepted"),
+    ],
+)
+def test_layouts_that_are_not_served(example_model, setting, value, message):
+    """Set on the finished configuration, since vLLM's CPU platform turns some of them off."""
+    config = engine_config(example_model)
+    setattr(config.parallel_config, setting, value)
+    with pytest.raises(ValueError, match=f"--moe-capacity-mode is 'drop', but {message}"):
+        checks.check_engine(CapacityConfig(mode="drop"), config)
+
+
+def test_captured_experts_are_refused(example_model):
+    """A capture buffer holds exactly the top-k of a token."""
+    config = engine_config(example_model)
+    config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(ValueError, match="--enable-return-routed-experts is True: False is"):
+        checks.check_engine(CapacityConfig(mode="drop"), config)
+
+
+def test_quantised_weights_go_to_vllms_kernels(example_model):
+    config = engine_config(example_model)
+    config.model_config.quantization = "fp8"
+    assert checks.resolve_backend(CapacityConfig(mode="drop"), config) == "vllm"
+    with pytest.raises(ValueError, match=r"--moe-capacity-backend is 'torch', but .*\(fp8\)"):
+        checks.resolve_backend(CapacityConfig(mode="drop", backend="torch"), config)
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "1.0.0"])
+def test_another_vllm_is_refused_with_a_mode_and_served_without(
+    example_model, monkeypatch, version
+):
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(compat.IncompatibleVLLMError, match=f"0.32 and 0.33, but vLLM {version}"):
+        engine_config(example_model, moe_capacity_mode="drop")
+    engine_config(example_model)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0", "0.33.2rc1"])
+def test_supported_versions(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    compat.check_version()
+
+
+class Moved:
+    """A class of a vLLM that has changed."""
+
+    def method(self, other: int) -> int:
+        return other
+
+
+def test_a_seam_that_is_gone_is_named():
+    with pytest.raises(compat.IncompatibleVLLMError, match=r"has no .*Moved\.gone"):
+        compat.wrap(Moved, "gone", lambda original: original, parameters=())
+
+
+def test_a_seam_that_takes_something_else_is_named():
+    with pytest.raises(compat.IncompatibleVLLMError, match=r"takes .*'other'.*without \['this'\]"):
+        compat.wrap(Moved, "method", lambda original: original, parameters=("this",))
+    assert Moved().method(3) == 3
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("which", "arguments", "message", "code"),
+    [
+        ("moe", ["--moe-capacity-factor=0"], "--moe-capacity-factor is '0', but it must be", 2),
+        (
+            "moe",
+            ["--additional-config", '{"moe_capacity": {"mode": "drop", "sharpness": 3}}'],
+            "unknown key 'sharpness'",
+            1,
+        ),
+        ("dense", ["--moe-capacity-mode=drop"], "has no Mixture-of-Experts layers", 1),
+    ],
+)
+def test_the_process_ends_before_weights_are_loaded(
+    example_model, dense_model, which, arguments, message, code
+):
+    model = {"moe": example_model, "dense": dense_model}[which]
+    done = subprocess.run(
+        [VLLM, "serve", str(model), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output
+    assert message in output
+    assert "Loading safetensors" not in output and "Loading weights" not in output
