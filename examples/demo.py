@@ -39,14 +39,16 @@ MODE, FACTOR = "expanded", 1.0
 MODEL_NAME = "example-mixtral"
 MAX_MODEL_LEN = 512
 MAX_TOKENS = 16
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time there was a small village at the edge of a deep forest, and",
-    "To bake bread you need flour, water, salt and",
+SENTENCES = [
+    "The capital of France is a city on a river, and",
+    "Once upon a time there was a small village at the edge of a deep forest, where",
+    "To bake bread you need flour, water, salt and a warm oven;",
     "The train leaves at half past seven from platform nine, so",
     "A prime number is a natural number greater than one that",
     "Load balancing in a mixture of experts decides how long",
 ]
+# Each prompt is all of them, begun at another one: long enough that experts overflow.
+PROMPTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
 QUESTION = "Which expert should answer this question, and how many tokens can it take?"
 
 START_LIMIT_S = 600
@@ -337,7 +339,7 @@ def ask(base_url: str) -> list[str]:
 
 def show_answers(answers: list[str]) -> None:
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        say(f"  {prompt} -> {answer}")
+        say(f"  ... {prompt[-50:]} -> {answer}")
 
 
 def show_loads(rows: list[LoadRow]) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+from comparing import assert_same, difference
 
 pytestmark = pytest.mark.engine
 
@@ -20,29 +21,6 @@ TOPICS = (
 )
 PROMPTS = [f"{topic} {ending}" for topic in TOPICS for ending in ("", "is", "and then", "because")]
 LONG = "The quick brown fox jumps over the lazy dog while the experts wait for their tokens. " * 6
-LOGPROB_TOLERANCE = 2e-3  # float32, another order of sums; measured differences are below 1e-4
-
-
-def assert_same(stock: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Equal log-probabilities, and equal greedy tokens while the margin exceeds the tolerance."""
-    for one, other in zip(stock["batches"][0], ours["batches"][0], strict=True):
-        assert one["prompt_logprobs"] == pytest.approx(
-            other["prompt_logprobs"], abs=LOGPROB_TOLERANCE
-        )
-        for position, top in enumerate(one["top"]):
-            assert top[0][0] == pytest.approx(other["top"][position][0][0], abs=LOGPROB_TOLERANCE)
-            if top[0][0] - top[1][0] <= 2 * LOGPROB_TOLERANCE:
-                break  # a tie: from here the texts may differ
-            assert one["token_ids"][position] == other["token_ids"][position]
-
-
-def difference(stock: dict[str, Any], ours: dict[str, Any]) -> float:
-    """The largest difference of a prompt token's log-probability."""
-    return max(
-        abs(a - b)
-        for one, other in zip(stock["batches"][0], ours["batches"][0], strict=True)
-        for a, b in zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,7 @@ def test_strided_input_and_result_in_place() -> None:
 
 
 def test_no_tokens_no_places_no_experts() -> None:
-    case = make_case(0, 2, 3)
+    case = make_case(0, 2, 3, experts=torch.empty(0, 2))
     assert case.run().shape == (0, 40)
     case = make_case(4, 0, 3)
     assert torch.equal(case.run(), torch.zeros_like(case.hidden))
@@ -385,9 +385,9 @@ CHIP = Chip((9, 0), 2)
 def test_expert_offsets_beyond_int32(sparse: Tensor, use_tma: bool) -> None:
     case = make_case(3, 2, 2, 16, 16, experts=torch.tensor([[0, 1]] * 3))
     expected = case.run(CONFIGS["descriptors"]).clone()
-    for name in ("w13", "w2"):
+    for name, start in (("w13", 0), ("w2", 2**11)):
         values = getattr(case, name)
-        far = sparse.as_strided(values.shape, (2**31, values.stride(1), 1))
+        far = sparse.as_strided(values.shape, (2**31, values.stride(1), 1), start)
         setattr(case, name, far.copy_(values))
         assert torch.equal(case.run(_config(use_tma=use_tma)), expected)
 
@@ -435,10 +435,6 @@ def test_seat_and_slot_offsets_beyond_int32(sparse: Tensor) -> None:
         assert torch.equal(result, expected)
     down(near, ours.Seats(zero + far, offsets(0)), rows.view(-1), True)  # writes far
     assert torch.equal(rows[far], expected[0])
-
-
-def _bad(**changes: Any) -> dict[str, Any]:
-    return changes
 
 
 def _half(tensor: Tensor) -> Tensor:
@@ -490,6 +486,8 @@ def _vector(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     ({"seats": ours.Seats(_vector(17), _vector(4))}, ["seats.order", "[17]", "[18]"]),
     ({"seats": ours.Seats(_vector(18), _vector(3))}, ["seats.offsets", "[3]", "[4]"]),
     ({"seats": ours.Seats(_vector(18), _vector(4, dtype=torch.int64))}, ["offsets", "int64"]),
+    ({"config": _config(block_n=16)}, ["gate_up", "block_n 16", "32"]),
+    ({"config": _config(block_m=512, block_k=256)}, ["gate_up", "558080", "232448"]),
     ({"workspaces": (_vector(1, dtype=torch.bfloat16),) * 2}, ["workspaces[0]", "1 el", "432"]),
     ({"workspaces": (_vector(999),) * 2}, ["workspaces[0]", "int32", "bfloat16"]),
 ])  # fmt: skip

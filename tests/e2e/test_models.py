@@ -1,0 +1,91 @@
+"""Other architectures: without a limit each is stock vLLM to rounding, with one it is limited.
+
+They differ from Mixtral in what the router does with its scores (renormalised or not, in groups,
+sigmoid, biased, scaled) and in shared experts beside the routed ones.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparing import LOGPROB_TOLERANCE, assert_same, difference
+
+pytestmark = pytest.mark.engine
+
+SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,  # of real scale: the experts' output moves the residual
+    "tie_word_embeddings": False,
+}
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmoe": (
+        "OlmoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**ROUTED, "intermediate_size": 128, "shared_expert_intermediate_size": 128},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "intermediate_size": 128,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "kv_lora_rank": 512,  # 512 + 64: the head size that vLLM's MLA takes
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+        },
+    ),
+}
+PROMPTS = [
+    "The oldest bridge of the town crosses the river where " * 8,
+    "One two three",
+    "def f(x):",
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, example_model: Path, tmp_path_factory) -> Path:
+    """A random checkpoint of the architecture, with the example model's tokenizer."""
+    import transformers
+
+    name, settings = MODELS[request.param]
+    config = getattr(transformers, name)(**{**SMALL, **settings})
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for key, parameter in made.named_parameters():
+        if "gate.weight" in key:
+            parameter.data *= 4.0  # a router that decides
+    path = tmp_path_factory.mktemp("models") / request.param
+    made.save_pretrained(path)
+    for file in example_model.glob("*token*"):
+        shutil.copy(file, path)
+    return path
+
+
+def test_without_a_limit_it_is_stock_vllm_and_with_one_it_is_limited(run, model):
+    stock = run([PROMPTS], model=str(model), plugin=False)
+    free = run([PROMPTS], model=str(model), moe_capacity_mode="expanded", moe_capacity_factor="inf")
+    assert len(free["patched"]) == 4
+    assert_same(stock, free)
+    tight = run([PROMPTS], model=str(model), moe_capacity_mode="drop", moe_capacity_factor=0.5)
+    assert all(layer["dropped"] > 0 for layer in tight["counters"])
+    assert difference(stock, tight) > 10 * LOGPROB_TOLERANCE

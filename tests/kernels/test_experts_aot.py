@@ -1,0 +1,125 @@
+"""The expert kernels as the compiler makes them for Ampere, Hopper and Blackwell; needs no GPU.
+
+What the heuristics launch must hold on to the fast instructions of each chip, keep its accumulators
+in registers, and fit as many programs on a multiprocessor as the persistent grid counts on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from capmoe_kernels.launch import Chip
+
+WORKER = Path(__file__).with_name("experts_aot_worker.py")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS_PER_SM = 65536  # 32-bit registers, compute capability 8.0 to 10.0
+
+pytestmark = pytest.mark.skipif(
+    not CUOBJDUMP.exists(), reason="this Triton comes without NVIDIA's tools"
+)
+
+# Coarse experts (one rank of Mixtral-8x7B holds all), fine ones (Qwen3-30B-A3B), odd ones.
+MIXTRAL = {"width": 2, "experts": 8, "hidden": 4096, "intermediate": 14336}
+QWEN = {"width": 8, "experts": 128, "hidden": 2048, "intermediate": 768}
+GPT_OSS = {"width": 4, "experts": 32, "hidden": 2880, "intermediate": 2880}
+BIASED = {"activation": "swigluoai", "bias": True}
+# Tokens so that each row of launch.py's tables is met: 1, 30, 60, 120 and 2048 rows per expert.
+MIXTRAL_TOKENS = (1, 120, 240, 480, 8192)
+
+
+def _case(capability: tuple[int, int], tokens: int, shape: dict[str, int], **more: Any) -> Any:
+    case = {"capability": list(capability), "tokens": tokens, **shape, **more}
+    words = [f"sm_{capability[0]}{capability[1]}", f"T{tokens}", f"E{shape['experts']}"]
+    words += [f"H{shape['hidden']}", *(str(v) for v in more.values())]
+    return pytest.param(case, id="-".join(words))
+
+
+CASES = [
+    *(
+        _case(capability, tokens, shape)
+        for capability in ((9, 0), (10, 0), (8, 0))
+        for shape, all_tokens in ((MIXTRAL, MIXTRAL_TOKENS), (QWEN, (16, 8192)))
+        for tokens in all_tokens
+    ),
+    _case((9, 0), 4, GPT_OSS, **BIASED),
+    _case((9, 0), 8192, GPT_OSS, **BIASED),
+    _case((9, 0), 8192, QWEN, dtype="float16", activation="relu2_no_mul"),
+    _case((9, 0), 1, QWEN, dtype="float32"),
+    _case((9, 0), 8192, QWEN, dtype="float32"),
+    # Rows that are no multiple of 16 bytes: no descriptors.
+    _case((9, 0), 8192, {**QWEN, "hidden": 2050, "intermediate": 770}),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the worker says of each case, by the case as JSON."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    cases = [param.values[0] for param in CASES]
+    done = subprocess.run(
+        [sys.executable, WORKER, json.dumps(cases)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {json.dumps(line["case"]): line for line in lines}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled(case: dict[str, Any], compiled: dict[str, Any]) -> None:
+    result = compiled[json.dumps(case)]
+    capability = tuple(case["capability"])
+    limit = Chip(capability, 1).shared_limit
+    config = result["config"]
+    sixteen_bit = case.get("dtype") != "float32"
+    aligned = case["hidden"] % 8 == 0 and case["intermediate"] % 8 == 0
+    assert [k["kernel"] for k in result["kernels"]] == [
+        "gate_up_kernel",
+        "down_kernel",
+        "combine_kernel",
+    ]
+    for kernel in result["kernels"]:
+        assert (kernel["stack"], kernel["local"]) == (0, 0), "spilled registers"
+        if kernel["kernel"] == "combine_kernel":
+            assert kernel["shared"] == 0
+            continue
+        launch = {**config, **(config["down"] if kernel["kernel"] == "down_kernel" else {})}
+        programs = launch["PROGRAMS_PER_SM"]
+        # 1 KiB of each program and multiprocessor is the system's; registers go by 8 per thread.
+        assert programs * (kernel["shared"] + 1024) <= limit + 1024
+        per_thread = -(-kernel["registers"] // 8) * 8
+        assert programs * per_thread * 32 * kernel["num_warps"] <= REGISTERS_PER_SM
+
+        if kernel["kernel"] == "gate_up_kernel":
+            assert kernel["async_copies"] > 0, "activations are gathered by asynchronous copies"
+        if capability == (8, 0):
+            assert kernel["mma"] > 0 and kernel["async_copies"] > 0
+            continue
+        assert (kernel["tma_loads"] > 0) == (aligned and sixteen_bit)
+        if not sixteen_bit:
+            continue
+        assert kernel["mma"] == 0, "an older chip's matrix instruction"
+        if capability == (9, 0):
+            assert kernel["wgmma"]
+            assert kernel["wgmma_in_flight"] > 0, "each matrix instruction waits for the one before"
+        else:
+            assert kernel["tcgen05"] > 0
+
+
+@pytest.mark.parametrize("shape", [MIXTRAL, QWEN])
+def test_gate_and_up_share_one_instruction(shape: dict[str, int], compiled: dict[str, Any]) -> None:
+    case = _case((9, 0), 8192, shape).values[0]
+    gate_up = compiled[json.dumps(case)]["kernels"][0]
+    assert gate_up["wgmma"] == ["m64n256k16"]

@@ -1,0 +1,549 @@
+"""The routing kernels against the torch reference: the same integers, and weights to the last bit.
+
+Under Triton's interpreter, or on a GPU where there is one. Every tensor that a kernel reads or
+writes lies between walls of garbage and what it writes starts as garbage: a place that is not
+written, or one outside, shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from capmoe_kernels import _routing_launch as launch
+from capmoe_kernels import routing
+from capmoe_kernels.routing import RoutedSelection, route_logits_triton, route_triton
+from torch import Tensor
+
+from vllm_capmoe import CapacityConfig, reference, route
+from vllm_capmoe.plan import Plan, resolve
+from vllm_capmoe.reference import route_torch
+
+DEVICE = "cpu" if routing.INTERPRETED else "cuda"
+WALL = 64  # elements on either side; keeps the alignment to 16 bytes
+GARBAGE = {torch.float32: math.nan, torch.int32: -77, torch.int64: -77, torch.uint8: 77}
+INF, NAN = math.inf, math.nan
+
+# Many small steps, so that a few rows go through every loop.
+SMALL = launch.RoutingLaunch(
+    choose_rows=8,
+    choose_warps=1,
+    limit_rows=16,
+    limit_warps=1,
+    rows=16,
+    pack_rows=8,
+    pack_warps=1,
+    seat_rows=4,
+    seat_warps=1,
+    seat_chunk=2,
+)
+
+
+# --- Running --------------------------------------------------------------------------------
+
+
+class Walls:
+    """Stands in for torch.empty and torch.zeros: garbage around, and inside of what is empty."""
+
+    def __init__(self) -> None:
+        self.bases: list[tuple[Tensor, int]] = []
+
+    def surround(self, inner: Tensor, garbage: Any) -> Tensor:
+        size = inner.numel()
+        base = torch.full((size + 2 * WALL,), garbage, dtype=inner.dtype, device=DEVICE)
+        base[WALL : WALL + size] = inner.reshape(-1)
+        self.bases.append((base, size))
+        return base[WALL : WALL + size].view(inner.shape)
+
+    def empty(self, *shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
+        garbage = GARBAGE[dtype]
+        return self.surround(torch.full(shape, garbage, dtype=dtype, device=device), garbage)
+
+    def zeros(self, *shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        inner = torch.full(shape, 0, dtype=dtype, device=device)
+        return self.surround(inner, GARBAGE[dtype])
+
+    def check(self) -> None:
+        for base, size in self.bases:
+            for wall in (base[:WALL], base[WALL + size :]):
+                same = wall.isnan() if base.is_floating_point() else wall == GARBAGE[base.dtype]
+                assert bool(same.all()), "a kernel wrote outside of a tensor"
+
+
+@pytest.fixture(params=["small", "shipped"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the launch as shipped, and with one of many small steps."""
+    if request.param == "small":
+        monkeypatch.setattr(routing, "launch_config", lambda T, E, L: SMALL)
+    return request.param
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "launch_config", lambda T, E, L: SMALL)
+
+
+def run(function: Callable[..., RoutedSelection], *args: Any, **kwargs: Any) -> RoutedSelection:
+    """Call it with walls around all tensors that it allocates."""
+    walls = Walls()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", walls.empty)
+        patch.setattr(torch, "zeros", walls.zeros)
+        result = function(*args, **kwargs)
+    walls.check()
+    return result
+
+
+def bits(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of float32 numbers; every NaN is the same."""
+    return weights.nan_to_num(nan=0.0, posinf=INF, neginf=-INF).view(torch.int32), weights.isnan()
+
+
+def assert_same(got: RoutedSelection, want: Any, num_experts: int) -> None:
+    """`got` is the Selection `want`, in values, types and shapes; and its seats fit."""
+    for name in ("experts", "load_before", "load_after", "capacity", "kept", "left_without"):
+        ours, theirs = getattr(got, name), getattr(want, name)
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
+        assert torch.equal(ours, theirs), f"{name}\n{ours}\n{theirs}"
+    assert got.weights.dtype == torch.float32 and got.weights.shape == want.weights.shape
+    for ours, theirs in zip(bits(got.weights), bits(want.weights), strict=True):
+        assert torch.equal(ours, theirs), f"weights\n{got.weights}\n{want.weights}"
+    assert int(got.dropped) == int(want.dropped)
+    assert int(got.expanded) == int(want.expanded)
+
+    flat = got.experts.reshape(-1).tolist()
+    order = sorted((e, a) for a, e in enumerate(flat) if e >= 0)
+    seats = [-1] * len(flat)
+    for seat, (_, a) in enumerate(order):
+        seats[a] = seat
+    assert got.seats.order.tolist() == [a for _, a in order] + [-1] * (len(flat) - len(order))
+    loads = [flat.count(e) for e in range(num_experts)]
+    assert got.seats.offsets.tolist() == [0, *itertools.accumulate(loads)]
+    assert got.seats.seat.reshape(-1).tolist() == seats
+    assert got.seats.seat.shape == got.experts.shape
+    for tensor in (got.seats.order, got.seats.offsets, got.seats.seat):
+        assert tensor.dtype == torch.int32
+
+
+def check(scores: Tensor, plan: Plan, **tensors: Any) -> RoutedSelection:
+    """Both ways, the same outcome; the arguments stay as they are."""
+    int64 = {n: v.long() for n, v in tensors.items() if n in ("device_E", "token_device_T")}
+    want = route_torch(scores, plan, **{**tensors, **int64})
+    walls = Walls()
+    arguments = {"scores": scores, **tensors}
+    inside = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dtype in GARBAGE and value.is_contiguous():
+            inside[name] = walls.surround(value, GARBAGE[value.dtype])
+        elif isinstance(value, Tensor) and value.dtype == torch.bool:
+            bytes_ = walls.surround(value.view(torch.uint8), GARBAGE[torch.uint8])
+            inside[name] = bytes_.view(torch.bool)
+    got = run(route_triton, inside.pop("scores"), plan, **inside)
+    walls.check()
+    assert_same(got, want, plan.num_experts)
+    return got
+
+
+def make_plan(E: int, k: int, **config: Any) -> Plan:
+    config = {"mode": "drop", "factor": 1.0, "min_capacity": 1, **config}
+    return resolve(CapacityConfig(**config), num_experts=E, top_k=k, renormalize=True)
+
+
+# --- Random cases ---------------------------------------------------------------------------
+
+
+def make_scores(rng: random.Random, T: int, E: int) -> Tensor:
+    """[T, E] in one of several styles, ties and odd numbers among them."""
+    odd = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, 3.4e38, 0.1]
+    style = rng.choice(["softmax", "normal", "bfloat16", "few", "equal", "hot", "odd", "nan"])
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    scores = torch.randn(T, E, generator=generator)
+    if style in ("softmax", "bfloat16", "nan"):
+        scores = (2 * scores).softmax(dim=1)
+    if style == "nan":
+        scores = scores.masked_fill(torch.rand(T, E, generator=generator) < 0.3, NAN)
+    if style == "few":
+        scores = scores.sign() * 0.25
+    if style == "equal":
+        scores = torch.full((T, E), 0.25)
+    if style == "hot":
+        scores = scores.index_fill(1, torch.tensor([rng.randrange(E)]), 9.0)
+    if style == "odd":
+        scores = torch.tensor([[rng.choice(odd) for _ in range(E)] for _ in range(T)])
+        scores = scores.reshape(T, E)
+    dtype = torch.bfloat16 if style == "bfloat16" else torch.float32
+    if style in ("normal", "odd") and rng.random() < 0.4:
+        dtype = rng.choice([torch.float16, torch.float64])
+    return scores.to(dtype=dtype, device=DEVICE)
+
+
+def make_case(
+    rng: random.Random, T: int | None = None, **fixed: Any
+) -> tuple[Tensor, Plan, dict[str, Any]]:
+    """Scores, plan and tensors of an allowed call; `fixed` are keys of the configuration."""
+    E = rng.choice([1, 2, 3, 5, 8, 8, 12, 16])
+    k = rng.choice([1, min(2, E), min(3, E), rng.randint(1, E), E])
+    T = rng.choice([1, 2, 5, 16, 17, rng.randint(20, 50)]) if T is None else T
+
+    def some(share: float) -> Tensor:
+        return torch.tensor([rng.random() < share for _ in range(T)], dtype=torch.bool)
+
+    ids = rng.choice([torch.int32, torch.int64])
+    devices = [[e % 3 for e in range(E)], [e * 2 // E for e in range(E)], [1] * E]
+    devices += [[rng.choice([0, 2, 5]) for _ in range(E)], [rng.randrange(E) for _ in range(E)]]
+    device_E = rng.choice(devices)
+    config: dict[str, Any] = {
+        "mode": rng.choice(["drop", "expanded"]),
+        "factor": rng.choice([0.1, 0.25, 0.5, 0.75, 1.0, 1.1, 2.0]),
+        "metric": rng.choice(["score", "order", "reverse-order", "random"]),
+        "level": rng.choice(["expert", "device"]),
+        "scope": rng.choice(["batch", "request"]),
+        "candidates": rng.choice(["local", "global"]),
+        "expanded_experts": rng.choice([None, "all", 1, 2]),
+        "max_experts": rng.choice(["auto", "none", k, k + 1]),
+        "renormalize": rng.choice(["always", "never"]),
+        "priority": rng.choice(["uniform", "image-first", "text-first"]),
+        "min_capacity": rng.choice([1, 1, 2, 4]),
+        "min_tokens": rng.choice([0, 0, 0, T, max(T - 3, 0), 8]),
+        **fixed,
+    }
+    plan = resolve(
+        CapacityConfig(**config),
+        num_experts=E,
+        top_k=k,
+        expert_device=device_E,
+        has_token_device=True,
+    )
+    tensors: dict[str, Any] = {
+        "device_E": torch.tensor(device_E, dtype=ids),
+        "token_device_T": torch.tensor([rng.choice(device_E) for _ in range(T)], dtype=ids),
+        "is_image_T": some(0.5),
+        "seed": rng.choice([0, 1, -1, 2**32 - 1, 2**40 + 7, rng.randrange(2**32)]),
+    }
+    padding = None
+    if rng.random() < 0.6:
+        padding = tensors["is_padding_T"] = some(rng.choice([0.1, 0.5]))
+        if rng.random() < 0.4:  # at the end, as vLLM pads
+            padding = tensors["is_padding_T"] = padding.sort().values
+    if rng.random() < 0.6:
+        tensors["is_decode_T"] = some(rng.choice([0.1, 0.3, 0.8]))
+    if rng.random() < 0.4:
+        rows = [rng.sample(range(E), k) for _ in range(T)]
+        tensors["topk_TK"] = topk = torch.tensor(rows, dtype=ids).reshape(T, k)
+        if padding is not None:
+            topk[padding] = rng.choice([-1, E, 99])
+    if plan.scope == "request":
+        count = rng.choice([1, 2, 4, T])
+        request = [rng.randrange(count) for _ in range(T)]
+        if rng.random() < 0.7:  # neighbours, as in vLLM
+            request.sort()
+        tensors["request_T"] = torch.tensor(request, dtype=torch.int64)
+        tensors["num_requests"] = count + rng.choice([0, 0, 3])
+    for name, value in tensors.items():
+        tensors[name] = value.to(DEVICE) if isinstance(value, Tensor) else value
+    return make_scores(rng, T, E), plan, tensors
+
+
+GRID = list(
+    itertools.product(
+        ["drop", "expanded"],
+        ["score", "order", "reverse-order", "random"],
+        ["expert", "device"],
+        ["batch", "request"],
+    )
+)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("mode", "metric", "level", "scope"), GRID)
+def test_random_cases_equal_the_reference(mode: str, metric: str, level: str, scope: str) -> None:
+    rng = random.Random("-".join([mode, metric, level, scope]))
+    for _ in range(4):
+        scores, plan, tensors = make_case(rng, mode=mode, metric=metric, level=level, scope=scope)
+        check(scores, plan, **tensors)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_cases_with_the_shipped_launch(seed: int) -> None:
+    scores, plan, tensors = make_case(random.Random(seed))
+    check(scores, plan, **tensors)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mode_off_is_plain_top_k(seed: int, launches: str) -> None:
+    scores, plan, tensors = make_case(random.Random(seed))
+    plan = dataclasses.replace(plan, mode="off", extra=0, max_experts=None, bin_sizes=(1,))
+    check(scores, plan, **tensors)
+
+
+# --- Sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "k", "config"),
+    [
+        (0, 8, 2, {}),
+        (0, 8, 2, {"mode": "expanded", "scope": "request"}),
+        (1, 8, 2, {"factor": 0.1}),
+        (1, 1, 1, {}),
+        (70, 1, 1, {"factor": 0.3}),
+        (130, 60, 4, {"mode": "expanded"}),
+        (40, 160, 6, {"mode": "expanded", "max_experts": "none", "metric": "random"}),
+        (9, 512, 16, {"mode": "expanded", "metric": "order"}),
+        (12, 12, 12, {"factor": 0.5, "scope": "request"}),
+        (20, 16, 2, {"mode": "expanded", "expanded_experts": "all", "max_experts": "none"}),
+        (2200, 4, 2, {}),  # more than one step of each kernel
+        (2200, 4, 2, {"scope": "request", "metric": "random"}),
+    ],
+)
+def test_sizes(T: int, E: int, k: int, config: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(T + E)
+    scores = torch.randn(T, E, generator=generator).softmax(dim=1).to(DEVICE)
+    request = torch.arange(T, device=DEVICE) // 700
+    check(scores, make_plan(E, k, **config), request_T=request, num_requests=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_of_larger_tensors(dtype: torch.dtype, launches: str) -> None:
+    """Rows with a stride, columns with a stride, and masks that are every other element."""
+    base = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    padding = torch.zeros(80, dtype=torch.bool, device=DEVICE)
+    padding[6:20] = True
+    topk = torch.stack([torch.arange(40), torch.arange(1, 41), torch.arange(40)], 1).to(DEVICE) % 8
+    plan = make_plan(8, 2)
+    check(base[:, 8:16], plan, is_padding_T=padding[::2], topk_TK=topk[:, :2])
+    check(base[:, ::3], plan, is_padding_T=padding[::2], topk_TK=topk.flip(1).t().t()[:, 1:])
+    check(base.t()[:8].t(), plan)
+
+
+# --- Corners --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+@pytest.mark.parametrize(
+    ("value", "metric"),
+    [(0.25, "score"), (0.0, "random"), (NAN, "score"), (NAN, "reverse-order"), (INF, "score")]
+    + [(-INF, "score"), (-INF, "order")],
+)
+def test_all_scores_equal(value: float, metric: str, mode: str) -> None:
+    scores = torch.full((33, 6), value, device=DEVICE)
+    got = check(scores, make_plan(6, 2, mode=mode, metric=metric))
+    assert int(got.capacity) == 11
+
+
+def test_equal_scores_of_either_sign_of_zero_go_to_lower_tokens(launches: str) -> None:
+    scores = torch.tensor([[-0.0, 0.0]] * 4 + [[0.0, -0.0]] * 4, device=DEVICE)
+    got = check(scores, dataclasses.replace(make_plan(2, 1), renormalize=False))
+    assert got.experts[:, 0].tolist() == [0] * 4 + [-1] * 4
+    assert torch.signbit(got.weights[:4]).all()  # the weight is the score as it came
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_one_expert_takes_all(k: int, launches: str) -> None:
+    scores = torch.rand(50, 5, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+    scores[:, 3] = 2.0
+    got = check(scores, make_plan(5, k, factor=0.5))
+    assert got.load_before[3] == 50 and got.load_after[3] == 5 * k
+
+
+def test_a_step_of_decode_tokens_alone_and_one_of_padding_alone(launches: str) -> None:
+    scores = torch.rand(20, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones(20, dtype=torch.bool, device=DEVICE)
+    for scope in ("batch", "request"):
+        plan = make_plan(4, 2, mode="expanded", scope=scope, factor=0.1)
+        request = torch.arange(20, device=DEVICE) // 6
+        tensors = {"request_T": request, "num_requests": 5}
+        assert int(check(scores, plan, is_decode_T=mask, **tensors).dropped) == 0
+        assert int(check(scores, plan, is_padding_T=mask, **tensors).load_after.sum()) == 0
+
+
+def test_decode_tokens_may_fill_more_than_the_limit(launches: str) -> None:
+    scores = torch.tensor([[0.9, 0.1]] * 12, device=DEVICE)
+    is_decode = torch.tensor([False] * 4 + [True] * 8, device=DEVICE)
+    got = check(scores, make_plan(2, 1, factor=0.5), is_decode_T=is_decode)
+    assert got.experts[:, 0].tolist() == [-1] * 4 + [0] * 8
+
+
+def test_rows_of_unknown_requests_are_padding(launches: str) -> None:
+    scores = torch.rand(24, 4, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    request = torch.arange(24, device=DEVICE) // 8
+    outside = request.clone()
+    outside[[3, 9, 23]] = torch.tensor([-1, 3, 2**40], device=DEVICE)
+    padding = outside != request
+    plan = make_plan(4, 2, mode="expanded", scope="request", metric="random")
+    want = route_torch(scores, plan, request_T=request, is_padding_T=padding, num_requests=3)
+    got = run(route_triton, scores, plan, request_T=outside, num_requests=3)
+    assert_same(got, want, 4)
+
+
+def test_ids_out_of_range_stay_inside(launches: str) -> None:
+    """Values that the contract forbids give some result, but no access outside."""
+    scores = torch.rand(24, 4, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    far = torch.tensor([-(2**31), 2**31 - 1] * 12, device=DEVICE)
+    config = CapacityConfig(mode="expanded", factor=0.5, min_capacity=1, level="device")
+    plan = resolve(config, num_experts=4, top_k=2, expert_device=[0, 0, 1, 1])
+    plan = dataclasses.replace(plan, local=True)
+    topk = torch.stack([far, far.flip(0)], dim=1)
+    run(route_triton, scores, plan, topk_TK=topk, device_E=far[:4], token_device_T=far)
+
+
+def test_worked_example_through_the_public_door() -> None:
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.2, 0.8]], device=DEVICE)
+    config = CapacityConfig(mode="drop", factor=1.0, min_capacity=1)
+    got = route(scores, 1, config, backend="triton")
+    assert got.experts.tolist() == [[0], [0], [-1], [1]]
+    assert got.capacity == 2 and got.dropped == 1 and got.left_without == 1
+    expanded = CapacityConfig(
+        mode="expanded", factor=1.0, min_capacity=1, candidates="global", expanded_experts=1
+    )
+    got = route(scores, 1, expanded, backend="triton")
+    assert got.experts.tolist() == [[0], [0], [1], [1]]
+    assert got.load_after.tolist() == [2, 2] and got.expanded == 1
+
+
+# --- Router logits --------------------------------------------------------------------------
+
+
+def torch_scores(logits: Tensor, scoring: str) -> Tensor:
+    logits = logits.double()
+    if scoring == "softmax":
+        return logits.softmax(dim=1)
+    if scoring == "sigmoid":
+        return logits.sigmoid()
+    return torch.nn.functional.softplus(logits, threshold=100).sqrt()
+
+
+@pytest.mark.parametrize("scoring", routing.SCORINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_logits(scoring: str, dtype: torch.dtype, launches: str) -> None:
+    """Scores within a few roundings of float64; routing as the reference's from these scores."""
+    E = 6
+    logits = 4 * torch.randn(40, E, generator=torch.Generator().manual_seed(4))
+    logits[0] = torch.tensor([0.0, -0.0, 80.0, -80.0, 20.0, -20.0])
+    logits = logits.to(DEVICE, dtype)
+    everything = resolve(CapacityConfig(), num_experts=E, top_k=E)
+    all_scores = run(route_logits_triton, logits, everything, scoring=scoring)
+    scores = torch.zeros(40, E, device=DEVICE)
+    scores.scatter_(1, all_scores.experts.long(), all_scores.weights)
+    # A rounding of x moves exp(x) by x times as much; 8 more for the rest. Below 1e-30 exp may be 0.
+    x = logits.double()
+    x = x - x.amax(dim=1, keepdim=True) if scoring == "softmax" else x
+    want = torch_scores(logits, scoring)
+    error = (scores - want).abs()
+    assert bool((error <= want * 2.0**-24 * (8 + 2 * x.abs()) + 1e-30).all()), error / want
+
+    for config in ({}, {"mode": "expanded", "metric": "random", "max_experts": "none"}):
+        plan = make_plan(E, 2, **config)
+        got = run(route_logits_triton, logits, plan, scoring=scoring, seed=5)
+        assert_same(got, route_torch(scores, plan, seed=5), E)
+
+
+@pytest.mark.parametrize("scoring", routing.SCORINGS)
+def test_logits_that_are_no_numbers(scoring: str) -> None:
+    logits = torch.tensor([[NAN, 1.0], [INF, 1.0], [-INF, 1.0], [-INF, -INF]], device=DEVICE)
+    plan = resolve(CapacityConfig(), num_experts=2, top_k=2)
+    got = run(route_logits_triton, logits, plan, scoring=scoring)
+    scores = torch.zeros(4, 2, device=DEVICE).scatter_(1, got.experts.long(), got.weights)
+    want = torch_scores(logits, scoring).float()
+    assert torch.equal(scores.isnan(), want.isnan())
+    assert torch.allclose(scores, want, rtol=1e-6, equal_nan=True)
+
+
+# --- Host side ------------------------------------------------------------------------------
+
+
+def test_constants_and_numbers_agree_with_the_reference() -> None:
+    assert routing.NO_LIMIT == reference.NO_LIMIT
+    for seed in (0, 1, -1, 2**31, 2**32 + 5, -(2**70)):
+        want = int(reference.fmix32(torch.tensor(seed & 0xFFFFFFFF)))
+        assert launch.fmix32(seed) & 0xFFFFFFFF == want
+
+
+@pytest.mark.parametrize("factor", [0.001, 0.3, 1.0, 1.1, 7.0, 1e300, 1 / 3])
+@pytest.mark.parametrize("sizes", [(1,), (3, 0, 5), (8,)])
+@pytest.mark.parametrize("min_capacity", [1, 4, 2**40])
+def test_limits_agree_with_the_reference(
+    factor: float, sizes: tuple[int, ...], min_capacity: int
+) -> None:
+    plan = make_plan(8, 3, factor=factor, min_capacity=min_capacity)
+    plan = dataclasses.replace(plan, bin_sizes=sizes)
+    table, first = launch.limit_table(plan, 300, torch.device("cpu"))
+    want, first_wanted = reference.capacity_table(plan, 300, torch.device("cpu"))
+    assert first == first_wanted
+    assert torch.equal(table[:301], want[:301]) and table.dtype == torch.int32
+
+
+def test_launches_fit_all_sizes() -> None:
+    for T, E, L in itertools.product(
+        [1, 256, 257, 16384, 16385, 65536], [1, 2, 8, 60, 128, 512, 1024], [1, 2, 16, 24, 512]
+    ):
+        config = launch.launch_config(T, E, L)
+        for size in dataclasses.astuple(config):
+            assert size & (size - 1) == 0 and size > 0
+        assert config.rows % config.pack_rows == config.rows % config.seat_rows == 0
+        assert config.choose_rows * launch.power_of_two(E) <= 8192
+        assert max(config.choose_warps, config.limit_warps, config.pack_warps) <= 16
+
+
+def test_bad_arguments_are_named() -> None:
+    scores = torch.rand(4, 8, device=DEVICE)
+    plan = make_plan(8, 2)
+    request = make_plan(8, 2, scope="request")
+    ids = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for pattern, call in [
+        (r"scores_TE has the shape \[4, 8\].*\[T, 9\]", lambda: route_triton(scores, make_plan(9, 2))),
+        (r"scores_TE is torch.int64", lambda: route_triton(scores.long(), plan)),
+        (r"scores_TE is a list", lambda: route_triton(scores.tolist(), plan)),
+        (r"request_T is None", lambda: route_triton(scores, request)),
+        (r"num_requests is 0", lambda: route_triton(scores, request, request_T=ids, num_requests=0)),
+        (r"num_requests is 67108864", lambda: route_triton(
+            scores, request, request_T=ids, num_requests=2**26)),
+        (r"request_T has the shape \[3\].*\[4\]", lambda: route_triton(
+            scores, request, request_T=ids[:3])),
+        (r"is_padding_T is torch.int64.*torch.bool", lambda: route_triton(
+            scores, plan, is_padding_T=ids)),
+        (r"topk_TK has the shape \[4, 3\].*\[4, 2\]", lambda: route_triton(
+            scores, plan, topk_TK=ids[:, None].expand(4, 3))),
+        (r"device_E is on meta", lambda: route_triton(
+            scores, plan, device_E=torch.zeros(8, dtype=torch.int64, device="meta"))),
+        (r"scoring is 'tanh'", lambda: route_logits_triton(scores, plan, scoring="tanh")),
+        (r"logits_TE has the shape \[8\]", lambda: route_logits_triton(
+            scores[0], plan, scoring="sigmoid")),
+        (r"plan.num_experts is 1025", lambda: route_triton(
+            torch.rand(1, 1025, device=DEVICE), make_plan(1025, 2))),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=pattern):
+            call()
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_the_call() -> None:
+    plan = make_plan(8, 2, mode="expanded", metric="random")
+    scores = torch.rand(300, 8, device="cuda")
+    padding = torch.zeros(300, dtype=torch.bool, device="cuda")
+    route_triton(scores, plan, is_padding_T=padding)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = route_triton(scores, plan, is_padding_T=padding)
+    for rows in (300, 11):
+        scores.copy_(torch.rand(300, 8))
+        padding.copy_(torch.arange(300) >= rows)
+        graph.replay()
+        assert_same(got, route_torch(scores, plan, is_padding_T=padding), 8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
