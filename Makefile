@@ -11,10 +11,10 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if "$$name" -c "$(SUPPORTED)" >/dev/null 2>&1; then echo "$$name"; break; fi; done)
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test test-033 lint format clean
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv:  ## make the environment in .venv: vLLM, this package, the tools
 	@test -n "$(PYTHON)" || { echo "make venv: no Python 3.11 to 3.14 found;" \
@@ -26,6 +26,10 @@ demo: venv  ## serve a small Mixtral with a capacity limit, ask it, show the loa
 
 test: venv  ## run the whole test suite
 	$(BIN)/pytest
+
+test-033:  ## run the plugin's tests on vLLM 0.33 (.venv033)
+	@PYTHON="$(PYTHON)" bash .ci/make_venv_033.sh .venv033
+	VLLM_TARGET_DEVICE=cpu .venv033/bin/pytest tests/plugin tests/e2e/test_engine.py
 
 lint: venv  ## check style, format and types
 	$(BIN)/ruff check

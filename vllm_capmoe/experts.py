@@ -17,9 +17,9 @@ Inference only: no gradients. The result repeats bitwise for the same inputs and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,14 @@ _POST_OPS = {
     "gelu_no_mul": ("gelu", "none"),
     "gelu_tanh_no_mul": ("gelu", "tanh"),
     "relu2_no_mul": ("relu", ""),
+}
+# The parameters that an activation has, with vLLM's defaults (0.32, fused_moe/activation.py).
+_PARAMETERS: dict[str, dict[str, float | None]] = {
+    "silu": {"limit": None},
+    "swigluoai": {"alpha": 1.702, "beta": 1.0, "limit": 7.0},
+    "swigluoai_uninterleave": {"alpha": 1.0, "beta": 0.0, "limit": None},
+    "swiglustep": {"limit": 7.0},
+    "situ": {"situ_beta": None, "situ_linear_beta": None},
 }
 ACTIVATIONS = (*_POST_OPS, "swigluoai", "swigluoai_uninterleave", "swiglustep", "situ")
 
@@ -136,70 +144,38 @@ def _resolve_activation(
     name = _ALIASES.get(name, name)
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if name == "silu":
-        return _Activation(name, limit=limit)
-    if name == "swigluoai":
-        return _Activation(
-            name,
-            alpha=1.702 if alpha is None else alpha,
-            beta=1.0 if beta is None else beta,
-            limit=7.0 if limit is None else limit,
-        )
-    if name == "swigluoai_uninterleave":
-        if limit is None:
-            raise ValueError(
-                "activation 'swigluoai_uninterleave' has swiglu_limit None, expected a number"
-            )
-        return _Activation(
-            name,
-            alpha=1.0 if alpha is None else alpha,
-            beta=0.0 if beta is None else beta,
-            limit=limit,
-        )
-    if name == "swiglustep":
-        return _Activation(name, limit=7.0 if limit is None else limit)
-    if name == "situ":
-        if situ_beta is None:
-            raise ValueError("activation 'situ' has situ_beta None, expected a number")
-        if situ_linear_beta is not None and situ_linear_beta <= 0:
-            situ_linear_beta = None  # vLLM's kernel: not above 0 means that up passes unchanged
-        return _Activation(name, situ_beta=situ_beta, situ_linear_beta=situ_linear_beta)
-    return _Activation(name)
-
-
-class _Experts(Protocol):
-    """Weights of the experts of one layer on this rank, however they are stored."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def forward(self, expert: int, x_NH: Tensor) -> Tensor: ...
+    if situ_linear_beta is not None and situ_linear_beta <= 0:
+        situ_linear_beta = None  # vLLM's kernel: not above 0 means that up passes unchanged
+    given = {"alpha": alpha, "beta": beta, "limit": limit}
+    given |= {"situ_beta": situ_beta, "situ_linear_beta": situ_linear_beta}
+    values: dict[str, Any] = {
+        key: default if given[key] is None else given[key]
+        for key, default in _PARAMETERS.get(name, {}).items()
+    }
+    for key, argument in (("situ_beta", "situ_beta"), ("limit", "swiglu_limit")):
+        if name in ("situ", "swigluoai_uninterleave") and key in values and values[key] is None:
+            raise ValueError(f"activation {name!r} has {argument} None, expected a number")
+    return _Activation(name, **values)
 
 
 @dataclass(frozen=True)
-class _PlainExperts:
-    """The weights as the model has them; nothing is copied."""
+class _Experts:
+    """Weights of the experts of one layer on this rank, however they are stored."""
 
     activation: _Activation
+    num_experts: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _PlainExperts(_Experts):
+    """The weights as the model has them; nothing is copied."""
+
     w13: Tensor
     w2: Tensor
     b13: Tensor | None
     b2: Tensor | None
-
-    @property
-    def num_experts(self) -> int:
-        return self.w13.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.w13.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.w13.dtype
 
     def forward(self, expert: int, x_NH: Tensor) -> Tensor:
         h = F.linear(x_NH, self.w13[expert], None if self.b13 is None else self.b13[expert])
@@ -209,27 +185,19 @@ class _PlainExperts:
 
 
 @dataclass(frozen=True)
-class PreparedExperts:
+class PreparedExperts(_Experts):
     """Weights in oneDNN's blocked layout, one opaque tensor per expert and projection.
 
     Built by :func:`prepare_weights`, used by :func:`fused_experts_prepared`. Biases are plain
     tensors; ``up`` is empty for an activation without a gate.
     """
 
-    activation: _Activation
-    hidden_size: int
-    intermediate_size: int
-    dtype: torch.dtype
     gate: tuple[Tensor, ...]
     up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
     gate_bias: tuple[Tensor | None, ...]
     up_bias: tuple[Tensor | None, ...]
     down_bias: tuple[Tensor | None, ...]
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.down)
 
     def forward(self, expert: int, x_NH: Tensor) -> Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
@@ -290,7 +258,7 @@ def prepare_weights(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
     _check_weights(w13, w2, w13_bias, w2_bias, act)
-    num_experts, hidden, intermediate = w13.shape[0], w13.shape[2], w2.shape[2]
+    num_experts, hidden, intermediate = w2.shape
     if w13.device.type != "cpu" or not _can_pack(w13.dtype) or 0 in (hidden, intermediate):
         return None
     dtype = w13.dtype
@@ -320,18 +288,8 @@ def prepare_weights(
             up_bias = tuple(b_up.clone(memory_format=torch.contiguous_format))
     if w2_bias is not None:
         down_bias = tuple(w2_bias.detach().to(dtype).clone())
-    return PreparedExperts(
-        act,
-        hidden,
-        intermediate,
-        dtype,
-        tuple(gate),
-        tuple(up),
-        down,
-        gate_bias,
-        up_bias,
-        down_bias,
-    )
+    biases = (gate_bias, up_bias, down_bias)
+    return PreparedExperts(act, num_experts, hidden, dtype, tuple(gate), tuple(up), down, *biases)
 
 
 @torch.no_grad()
@@ -390,13 +348,9 @@ def fused_experts_torch(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
     _check_weights(w13, w2, w13_bias, w2_bias, act)
-    experts = _PlainExperts(
-        act,
-        w13,
-        w2,
-        None if w13_bias is None else w13_bias.to(w13.dtype),
-        None if w2_bias is None else w2_bias.to(w2.dtype),
-    )
+    b13 = None if w13_bias is None else w13_bias.to(w13.dtype)
+    b2 = None if w2_bias is None else w2_bias.to(w2.dtype)
+    experts = _PlainExperts(act, w13.shape[0], w13.shape[2], w13.dtype, w13, w2, b13, b2)
     return _run(
         hidden_TH, experts, weights_TK, experts_TK, expert_map, apply_router_weight_on_input, out
     )
@@ -421,7 +375,7 @@ def fused_experts_prepared(
 
 def _run(
     hidden_TH: Tensor,
-    experts: _Experts,
+    experts: _PlainExperts | PreparedExperts,
     weights_TK: Tensor,
     experts_TK: Tensor,
     expert_map: Tensor | None,
@@ -436,18 +390,24 @@ def _run(
     if not any(counts_E):
         return result.zero_()
     weights_S1 = weights_TK.reshape(-1).index_select(0, slots_S).unsqueeze(1)
-    one_token = hidden_TH.shape[0] == 1
     acc_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
-    for expert, start, rows, padded in _blocks(counts_E):
-        # The rows beyond `rows` are other assignments; their results are cut off below.
-        x_NH = hidden_TH
-        if not one_token or padded > 1:
-            x_NH = hidden_TH.index_select(0, rows_S[start : start + padded])
+    start = 0
+    for group in _groups(counts_E):
+        # A block's padding are rows of the next block or of token 0, cut off after its product.
+        starts = [0, *accumulate(rows for _, rows in group)]
+        end = start + starts.pop()
+        last = start + max(at + padded_rows(n) for at, (_, n) in zip(starts, group, strict=True))
+        x_NH = hidden_TH.index_select(0, rows_S[start:last])
         if weight_on_input:
-            x_NH = (x_NH * weights_S1[start : start + padded]).to(hidden_TH.dtype)
-        y_NH = experts.forward(expert, x_NH)[:rows]
-        y_NH = y_NH.float() if weight_on_input else y_NH * weights_S1[start : start + rows]
-        acc_TH.index_add_(0, rows_S[start : start + rows], y_NH)
+            x_NH = (x_NH * weights_S1[start:last]).to(hidden_TH.dtype)
+        parts = [
+            experts.forward(expert, x_NH[at : at + padded_rows(rows)])[:rows]
+            for at, (expert, rows) in zip(starts, group, strict=True)
+        ]
+        y_NH = parts[0] if len(parts) == 1 else torch.cat(parts)
+        y_NH = y_NH.float() if weight_on_input else y_NH * weights_S1[start:end]
+        acc_TH.index_add_(0, rows_S[start:end], y_NH)
+        start = end
     return result.copy_(acc_TH)
 
 
@@ -462,16 +422,27 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _blocks(counts_E: list[int]) -> Iterator[tuple[int, int, int, int]]:
-    """Cut each expert's assignments into even blocks: (expert, start, rows, padded rows)."""
-    start = 0
+def _groups(counts_E: list[int]) -> list[list[tuple[int, int]]]:
+    """Cut the assignments into groups that are gathered and summed at once.
+
+    A group is a list of (expert, rows), at most ``MAX_ROWS`` rows in all: many experts of a small
+    step, or one even share of an expert that has more rows than that.
+    """
+    groups: list[list[tuple[int, int]]] = []
+    room = 0
     for expert, count in enumerate(counts_E):
-        end = start + count
-        size = -(-count // max(1, -(-count // MAX_ROWS)))
-        while start < end:
-            rows = min(size, end - start)
-            yield expert, start, rows, padded_rows(rows)
-            start += rows
+        if count == 0:
+            continue
+        share = -(-count // -(-count // MAX_ROWS))
+        while count:
+            rows = min(share, count)
+            if rows > room:
+                groups.append([])
+                room = MAX_ROWS
+            groups[-1].append((expert, rows))
+            room -= rows
+            count -= rows
+    return groups
 
 
 def _assignments(
