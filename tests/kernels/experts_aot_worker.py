@@ -44,7 +44,9 @@ class AheadOfTime:
         return lambda *args, **kwargs: self.compile(grid, args, kwargs)
 
     def compile(self, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {
+            k: kwargs.pop(k) for k in ("num_warps", "num_stages", "launch_pdl") if k in kwargs
+        }
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], Any] = {}
@@ -99,6 +101,7 @@ def facts(compiled: Any, name: str) -> dict[str, Any]:
         "tcgen05": ptx.count("tcgen05.mma"),
         "mma": ptx.count("mma.sync"),
         "tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "pdl": "griddepcontrol.wait" in ptx,
         "async_copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
     }
 
@@ -121,7 +124,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         itemsize=dtype.itemsize,
     )
     if "config" in case:
-        config = launch.ExpertsConfig.from_dict(case["config"])
+        config = launch.ExpertsConfig.from_dict({**config.to_dict(), **case["config"]})
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -153,6 +156,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         config.gate_up,
         chip,
         mul_weight=False,
+        pdl=config.pdl,
     )
     experts.launch_down(
         acts,
@@ -164,9 +168,15 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         config.down,
         chip,
         mul_weight=True,
+        pdl=config.pdl,
     )
     experts.launch_combine(
-        rows, empty(tokens, width, of=torch.int32), None, empty(tokens, num_hidden), config
+        rows,
+        empty(tokens, width, of=torch.int32),
+        None,
+        empty(tokens, num_hidden),
+        config,
+        pdl=config.pdl,
     )
     return {"config": config.to_dict(), "kernels": records}
 

@@ -54,6 +54,7 @@ CASES = [
     _case((9, 0), 8192, QWEN, dtype="float16", activation="relu2_no_mul"),
     _case((9, 0), 1, QWEN, dtype="float32"),
     _case((9, 0), 8192, QWEN, dtype="float32"),
+    _case((9, 0), 16, QWEN, config={"PDL": True}),
     # Rows that are no multiple of 16 bytes: no descriptors.
     _case((9, 0), 8192, {**QWEN, "hidden": 2050, "intermediate": 770}),
 ]
@@ -91,6 +92,7 @@ def test_compiled(case: dict[str, Any], compiled: dict[str, Any]) -> None:
         "combine_kernel",
     ]
     for kernel in result["kernels"]:
+        assert kernel["pdl"] == config["PDL"]
         assert (kernel["stack"], kernel["local"]) == (0, 0), "spilled registers"
         if kernel["kernel"] == "combine_kernel":
             assert kernel["shared"] == 0

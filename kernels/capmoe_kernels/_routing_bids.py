@@ -1,0 +1,67 @@
+"""What the routing kernels share: scores as integers, and bids. Letters: _routing_kernels.py."""
+
+# Arguments of Triton kernels are pointers and blocks of the kernel language: no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+
+NO_LIMIT = tl.constexpr(2**31 - 1)
+NONE = tl.constexpr(-(2**31))  # score key of what is no candidate: below all others
+NAN_KEY = tl.constexpr(-(2**31) + 1)  # score key of NaN: below that of -inf
+TOPK = tl.constexpr(2**16)  # a candidate is expert + TOPK * (is it of the top-k)
+ALL_WIN = tl.constexpr(2**63 - 1)
+NOBODY_WINS = tl.constexpr(-(2**63))  # no bid is this low
+
+
+@triton.jit
+def key_of_score(score):
+    """int32 that rises with the float32 score: -0.0 is 0.0, NaN is less than -inf."""
+    bits = score.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    key = tl.where(bits < 0, ~size, size)
+    key = tl.where(size == 0, 0, key)
+    return tl.where(size > 0x7F800000, NAN_KEY, key)
+
+
+@triton.jit
+def score_of_key(key):
+    """The float32 score of a key."""
+    bits = tl.where(key < 0, ~key | NONE, key)
+    bits = tl.where(key == NAN_KEY, 0x7FC00000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fmix32(x):
+    """Murmur3's 32-bit finaliser of uint32."""
+    x ^= x >> 16
+    x *= 0x85EBCA6B
+    x ^= x >> 13
+    x *= 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def bid_of(key, tag, token, expert, index, T, start, E: tl.constexpr, METRIC: tl.constexpr):
+    """int64, lower is better: (is NaN, class, rank by metric, token, expert).
+
+    Bit 63 is_nan, 62 class, 61..30 rank, 29..0 token * E + expert + 1; for the metrics of order,
+    whose rank is in the last part, bit 31 is_nan, 30 class. The top bit is turned around, so that
+    the order as signed numbers is that of the unsigned ones. No bid is NOBODY_WINS, since the last
+    part is at least 1. start: fmix32(seed), index: the token's index, for metric random only.
+    """
+    head = tl.where(key == NAN_KEY, 2, 0) + ((tag >> 1) & 1)
+    if METRIC == "reverse-order":
+        token = T - 1 - token
+    last = token * E + expert + 1
+    if METRIC == "score":
+        rank = 0x7FFFFFFF - key.to(tl.int64)
+    elif METRIC == "random":
+        draw = fmix32(start.to(tl.uint32) + index.to(tl.uint32))
+        rank = 0xFFFFFFFF - fmix32(draw + expert.to(tl.uint32)).to(tl.int64)
+    if METRIC == "order" or METRIC == "reverse-order":
+        bid = (head.to(tl.int64) << 30) | last
+    else:
+        bid = (head.to(tl.int64) << 62) | (rank << 30) | last
+    return bid ^ NOBODY_WINS

@@ -1,0 +1,440 @@
+"""Capacity-aware routing by Triton kernels: the public functions.
+
+    route_triton         scores (and the model's top-k, if it isn't the plain one) -> who holds what
+    route_logits_triton  router logits of a plain top-k router -> the same, with the scores inside
+
+Letters: T tokens (rows), E experts, k per token, m extra candidates, W places per token
+(W = k, or what Expanded Drop allows), G groups (1, or one per request), D devices, X = 1 or D.
+
+The method is that of arXiv 2503.05066 as `vllm_capmoe.reference.route_torch` has it, whose
+integers come out here bit for bit, in four launches and one that zeroes the counters (three where
+no limit can be in effect), the number of which depends on shapes and the plan alone. Nothing is
+read back to the host and no size depends on a value, so a CUDA graph can hold a call (after one
+of the same sizes, which compiles the kernels and builds the table of limits). There is no sort of
+the assignments. `kernels/README.md` has the algorithm, its costs and its limits.
+
+Run under Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton) the same
+functions take CPU tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from capmoe_kernels import _routing_kernels, _routing_limits
+from capmoe_kernels._routing_checks import (
+    INTEGERS,
+    PlanLike,
+    check_plan,
+    check_scores,
+    check_tensor,
+)
+from capmoe_kernels._routing_launch import (
+    NO_LIMIT,
+    fmix32,
+    launch_config,
+    limit_table,
+    power_of_two,
+)
+
+__all__ = [
+    "INTERPRETED",
+    "NO_LIMIT",
+    "SCORINGS",
+    "PlanLike",
+    "RoutedSelection",
+    "Seats",
+    "route_logits_triton",
+    "route_triton",
+]
+
+INTERPRETED = not isinstance(_routing_kernels.choose_kernel, triton.JITFunction)
+"""Whether the kernels run under Triton's interpreter, which was decided at their import."""
+
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+@dataclass(frozen=True, eq=False)
+class Seats:
+    """The held assignments, expert by expert: what a grouped product needs, without alignment.
+
+    An assignment is a place of the result, numbered a = token * W + place: its token is a // W,
+    its weight `weights.view(-1)[a]`. A seat is a position in `order`.
+
+    order: int32 [T * W], assignments ascending by (expert, token); -1 in the rest, from
+        offsets[E] on.
+    offsets: int32 [E + 1], the exclusive prefix sum of the loads: expert e has the seats
+        offsets[e] ... offsets[e + 1] - 1, of which there are load_after[e].
+    seat: int32 [T, W], the seat of each place, the inverse of `order`; -1 where a place is
+        unused.
+
+    Example: experts [[1, 0], [1, -1]] and E = 2 give order [1, 0, 2, -1], offsets [0, 1, 3] and
+    seat [[1, 0], [2, -1]].
+    """
+
+    order: Tensor
+    offsets: Tensor
+    seat: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedSelection:
+    """Who holds which expert: the fields of `vllm_capmoe.reference.Selection`, and `seats`.
+
+    experts: int32 [T, W], by descending score, ties to the lower expert; -1 where unused.
+    weights: float32 [T, W]; 0 where unused.
+    load_before: int32 [E], the top-k assignments of the real tokens.
+    load_after: int32 [E], the assignments that are held.
+    capacity: int32 [G, X]; NO_LIMIT where none is in effect.
+    kept: int64 [], the top-k assignments that are held.
+    left_without: int64 [], the real tokens that hold no expert.
+    seats: the held assignments by expert.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    load_before: Tensor
+    load_after: Tensor
+    capacity: Tensor
+    kept: Tensor
+    left_without: Tensor
+    seats: Seats
+
+    @property
+    def dropped(self) -> Tensor:
+        """int64 []: top-k assignments of real tokens that are not held."""
+        return self.load_before.sum() - self.kept
+
+    @property
+    def expanded(self) -> Tensor:
+        """int64 []: held assignments outside of the token's top-k."""
+        return self.load_after.sum() - self.kept
+
+
+def route_triton(
+    scores_TE: Tensor,
+    plan: PlanLike,
+    *,
+    topk_TK: Tensor | None = None,
+    is_padding_T: Tensor | None = None,
+    is_decode_T: Tensor | None = None,
+    request_T: Tensor | None = None,
+    num_requests: int = 1,
+    is_image_T: Tensor | None = None,
+    device_E: Tensor | None = None,
+    token_device_T: Tensor | None = None,
+    seed: int = 0,
+) -> RoutedSelection:
+    """Token Drop and Expanded Drop for the tokens of one step, as `route_torch` does them.
+
+    scores_TE: float [T, E], compared as float32. plan: resolved for E and k.
+    topk_TK: int [T, k], the model's own choice, in [0, E) and distinct in the rows of real
+        tokens; ids out of range are moved to the nearest expert.
+    is_padding_T, is_decode_T, is_image_T: bool [T] or None. is_image_T is used if the plan has a
+        priority.
+    request_T: int [T] in [0, num_requests) for real tokens, used at scope request. In any order,
+        but rows of one request should be neighbours, as they are in vLLM: the time of a request
+        goes by the rows from its first to its last one. A row with another number is padding.
+    device_E, token_device_T: int [E] and [T], used at level device and for local candidates.
+    seed: for metric random.
+
+    Time is linear in T * E * (k + m). All integers equal those of `route_torch`; so do the bits of
+    the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
+    any launch; values of tensors are not checked, and none makes a kernel leave its tensors.
+    """
+    return _route(
+        "scores_TE",
+        scores_TE,
+        "none",
+        plan,
+        topk_TK=topk_TK,
+        is_padding_T=is_padding_T,
+        is_decode_T=is_decode_T,
+        request_T=request_T,
+        num_requests=num_requests,
+        is_image_T=is_image_T,
+        device_E=device_E,
+        token_device_T=token_device_T,
+        seed=seed,
+    )
+
+
+def route_logits_triton(
+    logits_TE: Tensor,
+    plan: PlanLike,
+    *,
+    scoring: str,
+    is_padding_T: Tensor | None = None,
+    is_decode_T: Tensor | None = None,
+    request_T: Tensor | None = None,
+    num_requests: int = 1,
+    is_image_T: Tensor | None = None,
+    device_E: Tensor | None = None,
+    token_device_T: Tensor | None = None,
+    seed: int = 0,
+) -> RoutedSelection:
+    """`route_triton` of the scores of router logits, for routers that take the plain top-k.
+
+    scoring: "softmax" over the experts, "sigmoid", or "sqrtsoftplus", the square root of
+        log(1 + exp(x)); in float32, divisions as IEEE has them. Its scores may differ from torch's
+        in the last bits, so that a near tie may go the other way; given the scores of this
+        function all integers are those of `route_torch`.
+
+    The rest as `route_triton`.
+    """
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring is {scoring!r}, but it must be one of {', '.join(SCORINGS)}.")
+    return _route(
+        "logits_TE",
+        logits_TE,
+        scoring,
+        plan,
+        topk_TK=None,
+        is_padding_T=is_padding_T,
+        is_decode_T=is_decode_T,
+        request_T=request_T,
+        num_requests=num_requests,
+        is_image_T=is_image_T,
+        device_E=device_E,
+        token_device_T=token_device_T,
+        seed=seed,
+    )
+
+
+def _route(
+    name: str,
+    scores_TE: Tensor,
+    scoring: str,
+    plan: PlanLike,
+    *,
+    topk_TK: Tensor | None,
+    is_padding_T: Tensor | None,
+    is_decode_T: Tensor | None,
+    request_T: Tensor | None,
+    num_requests: int,
+    is_image_T: Tensor | None,
+    device_E: Tensor | None,
+    token_device_T: Tensor | None,
+    seed: int,
+) -> RoutedSelection:
+    """Validate, allocate, launch."""
+    at_device, by_request = plan.level == "device", plan.scope == "request"
+    by_image = plan.mode != "off" and plan.priority != "uniform"
+    local = plan.local and plan.extra > 0
+    check_scores(name, scores_TE, plan, INTERPRETED)
+    T, E = scores_TE.shape
+    check_plan(plan, T, num_requests if by_request else 1)
+    check_tensor("topk_TK", topk_TK, INTEGERS, (T, plan.top_k), scores_TE, False)
+    check_tensor("is_padding_T", is_padding_T, (torch.bool,), (T,), scores_TE, False)
+    check_tensor("is_decode_T", is_decode_T, (torch.bool,), (T,), scores_TE, False)
+    check_tensor("request_T", request_T, INTEGERS, (T,), scores_TE, by_request)
+    check_tensor("is_image_T", is_image_T, (torch.bool,), (T,), scores_TE, by_image)
+    check_tensor("device_E", device_E, INTEGERS, (E,), scores_TE, at_device or local)
+    check_tensor("token_device_T", token_device_T, INTEGERS, (T,), scores_TE, local)
+
+    G, B, X = num_requests if by_request else 1, plan.num_bins, len(plan.bin_sizes)
+    K, W = plan.top_k, plan.width
+    device = scores_TE.device
+
+    # Whether any limit can be in effect, whatever the tensors hold.
+    limited, table, least = False, None, 0
+    if plan.mode != "off" and plan.gamma is not None and T > 0:
+        table, least = limit_table(plan, T, device)
+        least = max(least, plan.min_tokens)
+        limited = least <= T
+    M = plan.extra if limited else 0
+    L = K + M
+
+    # What is returned, and what is counted from zero: one launch for all counters.
+    E4, G4 = _up_to_four(E), _up_to_four(G)
+    counters = torch.zeros(2 + E4 + 2 * G4, dtype=torch.int64, device=device)
+    counters_32 = counters.view(torch.int32)
+    load_before, load_after = counters_32[4 : 4 + E], counters_32[4 + E4 : 4 + E4 + E]
+    groups = counters_32[4 + 2 * E4 :] if limited else None
+    experts = _ints(device, T, W)
+    weights = torch.empty((T, W), dtype=torch.float32, device=device)
+    capacity = _ints(device, G, X)
+    seats = Seats(
+        order=_ints(device, T * W),
+        offsets=_ints(device, E + 1),
+        seat=_ints(device, T, W),
+    )
+    selection = RoutedSelection(
+        experts=experts,
+        weights=weights,
+        load_before=load_before,
+        load_after=load_after,
+        capacity=capacity,
+        kept=counters[0],
+        left_without=counters[1],
+        seats=seats,
+    )
+    if T == 0:
+        capacity.fill_(NO_LIMIT)
+        seats.offsets.zero_()
+        return selection
+
+    config = launch_config(T, E, L)
+    EP, LP, WP = max(power_of_two(E), 2), power_of_two(L), power_of_two(W)
+    blocks = _ceil_div(T, config.rows)
+    tags = _ints(device, T)
+    candidates = _ints(device, L, T)
+    candidate_scores = torch.empty((L, T), dtype=torch.float32, device=device)
+    counts = _ints(device, blocks, E)
+    keys = _ints(device, E, T) if limited and not at_device else None
+    last_bids, index = None, None
+    bin_device = _flat(device_E) if limited and at_device else None
+    if limited:
+        last_bids = torch.empty((G, B), dtype=torch.int64, device=device)
+        if plan.metric == "random":
+            index = _ints(device, T)
+    start = fmix32(seed)
+
+    scores_TE = _rows(scores_TE)
+    topk_TK = None if topk_TK is None else _rows(_ids(topk_TK))
+    _routing_kernels.choose_kernel[(_ceil_div(T, config.choose_rows),)](
+        scores_TE,
+        scores_TE.stride(0),
+        topk_TK,
+        0 if topk_TK is None else topk_TK.stride(0),
+        _mask(is_padding_T),
+        _mask(is_decode_T) if limited else None,
+        _flat(request_T) if limited and by_request else None,
+        _mask(is_image_T) if limited and by_image else None,
+        _flat(device_E) if M > 0 and local else None,
+        _flat(token_device_T) if M > 0 and local else None,
+        candidates,
+        candidate_scores,
+        keys,
+        tags,
+        groups,
+        load_before,
+        T,
+        G,
+        E=E,
+        EP=EP,
+        K=K,
+        M=M,
+        TEXT_LAST=plan.priority == "text-first",
+        SCORING=scoring,
+        BLOCK_T=config.choose_rows,
+        **_options(config.choose_warps),
+    )
+    if limited:
+        _routing_limits.limit_kernel[(min(G, T // max(least, 1)) * B,)](
+            tags,
+            candidates,
+            candidate_scores,
+            keys,
+            bin_device,
+            groups,
+            table,
+            capacity,
+            last_bids,
+            index,
+            T,
+            G,
+            start,
+            plan.min_tokens,
+            least,
+            E=E,
+            L=L,
+            B=B,
+            X=X,
+            METRIC=plan.metric,
+            BLOCK=config.limit_rows,
+            **_options(config.limit_warps),
+        )
+    _routing_kernels.pack_kernel[(blocks,)](
+        tags,
+        candidates,
+        candidate_scores,
+        bin_device,
+        capacity,
+        last_bids,
+        index,
+        experts,
+        weights,
+        counts,
+        load_after,
+        counters,
+        T,
+        G,
+        start,
+        E=E,
+        EP=EP,
+        L=L,
+        LP=LP,
+        W=W,
+        WP=WP,
+        B=B,
+        X=X,
+        METRIC=plan.metric,
+        LIMITED=limited,
+        RENORMALIZE=plan.renormalize,
+        ROWS=config.rows,
+        BLOCK_T=config.pack_rows,
+        **_options(config.pack_warps),
+    )
+    _routing_kernels.seats_kernel[(blocks,)](
+        experts,
+        counts,
+        load_after,
+        seats.order,
+        seats.offsets,
+        seats.seat,
+        T,
+        E=E,
+        EP=EP,
+        W=W,
+        WP=WP,
+        ROWS=config.rows,
+        BLOCK_T=config.seat_rows,
+        CHUNK=config.seat_chunk,
+        **_options(config.seat_warps),
+    )
+    return selection
+
+
+def _ints(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def _options(warps: int) -> dict[str, int]:
+    """Compiler options. With the most registers that the warps of one program can have named, ptxas
+    spills none; left to itself it spills a few for a second program on the same multiprocessor.
+    """
+    if torch.version.hip is not None:
+        return {"num_warps": warps}
+    return {"num_warps": warps, "maxnreg": min(255, 2048 // warps)}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _up_to_four(size: int) -> int:
+    """The next multiple of four: int32 arrays that start there are aligned to 16 bytes."""
+    return _ceil_div(size, 4) * 4
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous; a copy only if they are not."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def _ids(tensor: Tensor) -> Tensor:
+    """int32 or int64; a copy only if it is neither."""
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.int32)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _ids(tensor).contiguous()
+
+
+def _mask(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous().view(torch.uint8)

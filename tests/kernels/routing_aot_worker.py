@@ -1,0 +1,213 @@
+"""Compile the routing kernels ahead of time, without a GPU, with the arguments of real calls.
+
+Run by test_routing_aot.py in a process of its own, since TRITON_INTERPRET=1 (set for the other
+tests) makes kernels that can't be compiled. Prints one JSON line per case and kernel.
+
+    python routing_aot_worker.py 90 [--table]
+
+For people: --table prints registers, shared memory and stack instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from capmoe_kernels import _routing_kernels, _routing_limits, routing
+from vllm_capmoe import CapacityConfig
+from vllm_capmoe.plan import resolve
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MODULES = {
+    "choose_kernel": _routing_kernels,
+    "limit_kernel": _routing_limits,
+    "pack_kernel": _routing_kernels,
+    "seats_kernel": _routing_kernels,
+}
+OPTIONS = ("num_warps", "maxnreg")
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call. tensors: the optional ones that a real call in vLLM would have."""
+
+    T: int
+    E: int
+    k: int
+    config: dict[str, Any]
+    tensors: tuple[str, ...] = ()
+    devices: int = 1
+    requests: int = 1
+    scoring: str | None = None
+    dtype: torch.dtype = torch.float32
+
+
+MASKS = ("is_padding_T", "is_decode_T")
+DROP, EXPANDED = {"mode": "drop"}, {"mode": "expanded"}
+CASES = {
+    # Mixtral, OLMoE, Qwen3-30B-A3B, DeepSeek-V2-Lite on 8 ranks, and the largest sizes.
+    "mixtral-drop": Case(8192, 8, 2, DROP, (*MASKS, "topk_TK")),
+    "mixtral-off": Case(1, 8, 2, {"mode": "off"}, scoring="softmax", dtype=torch.bfloat16),
+    "olmoe-order": Case(
+        256, 64, 8, {**EXPANDED, "metric": "order"}, (*MASKS, "topk_TK", "is_image_T")
+    ),
+    "qwen3-request": Case(
+        8192,
+        128,
+        8,
+        {**EXPANDED, "scope": "request", "priority": "image-first"},
+        (*MASKS, "topk_TK", "is_image_T", "request_T"),
+        requests=256,
+    ),
+    "deepseek-local": Case(
+        2048, 64, 6, EXPANDED, (*MASKS, "topk_TK", "device_E", "token_device_T"), devices=8
+    ),
+    "deepseek-device": Case(
+        8192,
+        64,
+        6,
+        {**EXPANDED, "level": "device"},
+        (*MASKS, "topk_TK", "device_E", "token_device_T"),
+        devices=8,
+    ),
+    "largest-random": Case(
+        65536, 512, 16, {**EXPANDED, "metric": "random", "max_experts": "none"}, MASKS
+    ),
+    "sigmoid": Case(4096, 160, 6, EXPANDED, MASKS, scoring="sigmoid", dtype=torch.bfloat16),
+    "sqrtsoftplus": Case(64, 256, 8, DROP, MASKS, scoring="sqrtsoftplus"),
+}
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of a launch."""
+
+    def __init__(self, name: str, calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]):
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.calls.append((self.name, args, kwargs))
+
+
+def record(case: Case) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The launches of a call."""
+    T, E, k = case.T, case.E, case.k
+    plan = resolve(
+        CapacityConfig(**case.config),
+        num_experts=E,
+        top_k=k,
+        expert_device=[e * case.devices // E for e in range(E)] if case.devices > 1 else None,
+        has_token_device="token_device_T" in case.tensors,
+        renormalize=True,
+    )
+    shapes = {"topk_TK": ((T, k), torch.int32), "device_E": ((E,), torch.int64)}
+    tensors: dict[str, Any] = {}
+    for name in case.tensors:
+        dtype = torch.bool if name.startswith("is_") else torch.int64
+        shape, dtype = shapes.get(name, ((T,), dtype))
+        tensors[name] = torch.zeros(shape, dtype=dtype)
+    scores = torch.zeros(T, E, dtype=case.dtype)
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    kernels = {name: getattr(module, name) for name, module in MODULES.items()}
+    for name, module in MODULES.items():
+        setattr(module, name, Recorder(name, calls))
+    routing.INTERPRETED = True  # takes tensors of the CPU
+    try:
+        if case.scoring is None:
+            routing.route_triton(scores, plan, num_requests=case.requests, **tensors)
+        else:
+            routing.route_logits_triton(scores, plan, scoring=case.scoring, **tensors)
+    finally:
+        for name, module in MODULES.items():
+            setattr(module, name, kernels[name])
+    return calls
+
+
+def source(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ASTSource, dict[str, int]]:
+    """What Triton would compile for this launch: types, constants, divisibility by 16."""
+    kernel = getattr(MODULES[name], name)
+    options = {key: value for key, value in kwargs.items() if key in OPTIONS}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, param in enumerate(kernel.params):
+        value = values[param.name]
+        special = isinstance(value, int) and not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and value == 1):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = f"*{TYPES[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "i32"
+            if special and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of a kernel, as cuobjdump has them. Spills are on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run(
+            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
+
+
+def main(arch: int, table: bool) -> None:
+    for label, case in CASES.items():
+        for name, args, kwargs in record(case):
+            kernel_source, options = source(name, args, kwargs)
+            compiled = triton.compile(
+                kernel_source, target=GPUTarget("cuda", arch, 32), options=options
+            )
+            usage = resources(compiled.asm["cubin"])
+            ptx = compiled.asm["ptx"]
+            line = {
+                "case": label,
+                "kernel": name,
+                "warps": options["num_warps"],
+                "registers": usage["REG"],
+                "stack": usage["STACK"],
+                "local": usage["LOCAL"],
+                "shared": compiled.metadata.shared,
+                "float_atomics": len(re.findall(r"\b(?:atom|red)\.[\w.]*\.(?:f|bf)\d", ptx)),
+                "float_fma": len(re.findall(r"\bfma\.rn", ptx)),
+                "divisions": re.findall(r"\bdiv\.[\w.]+", ptx),
+            }
+            if table:
+                numbers = ("warps", "registers", "shared", "stack")
+                print(f"{label:16}{name:15}", *(f"{n} {line[n]:<6}" for n in numbers))
+            else:
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "--table" in sys.argv)

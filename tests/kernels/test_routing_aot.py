@@ -1,0 +1,47 @@
+"""The routing kernels compile for Ampere, Hopper and Blackwell, within the chip and without spills.
+
+No GPU is needed: Triton's compiler and its assembler run without one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("routing_aot_worker.py")
+# Bytes that one program may use (CUDA programming guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def compile_all(arch: int, cache: Path) -> list[dict[str, Any]]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, WORKER, str(arch)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
+def test_kernels_compile_within_the_chip(arch: int, tmp_path: Path) -> None:
+    lines = compile_all(arch, tmp_path)
+    launches: dict[str, list[str]] = {}
+    for line in lines:
+        launches.setdefault(line["case"], []).append(line["kernel"])
+        assert line["stack"] == 0 and line["local"] == 0, f"spilled registers: {line}"
+        assert line["shared"] <= SHARED_LIMIT[arch], line
+        assert line["registers"] * 32 * line["warps"] <= 65536, line
+        assert line["float_atomics"] == 0, line
+        if line["kernel"] == "pack_kernel":
+            # Weights have the reference's bits: IEEE division, no product merged into a sum.
+            assert set(line["divisions"]) == {"div.rn.f32"} and line["float_fma"] == 0, line
+    four = ["choose_kernel", "limit_kernel", "pack_kernel", "seats_kernel"]
+    assert launches.pop("mixtral-off") == [name for name in four if name != "limit_kernel"]
+    assert len(launches) == 8 and all(names == four for names in launches.values())
