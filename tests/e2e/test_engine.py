@@ -141,3 +141,27 @@ def test_compiled_is_eager_to_rounding(run):
     assert [c["load_after"] for c in eager["counters"]] == [
         c["load_after"] for c in compiled["counters"]
     ]
+
+
+def test_triton_kernels_agree_with_plain_torch(run):
+    """Both kernels in a real engine, by Triton's interpreter: the wiring and the numbers."""
+    # Per request: all prompts begin with the same token, which would tie across requests, and the
+    # last bit of either kernel's sums would decide.
+    settings: dict[str, Any] = {
+        "max_tokens": 2,
+        "moe_capacity_mode": "expanded",
+        "moe_capacity_factor": 0.5,
+        "moe_capacity_scope": "request",
+        "moe_capacity_min_capacity": 1,
+    }
+    torch = run([[*TOPICS, LONG[:120]]], **settings)
+    triton = run(
+        [[*TOPICS, LONG[:120]]],
+        env={"TRITON_INTERPRET": "1"},
+        **settings,
+        moe_capacity_backend="triton",
+    )
+    assert "Using TritonExperts MoE backend" in triton["log"]
+    assert_same(torch, triton)
+    for ours, theirs in zip(torch["records"][0], triton["records"][0], strict=True):
+        assert ours["experts"] == theirs["experts"]

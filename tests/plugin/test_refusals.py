@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "triton on the CPU": (
         {"moe_capacity_mode": "drop", "moe_capacity_backend": "triton"},
-        "--moe-capacity-backend is 'triton', but the platform is the CPU: 'auto', 'torch' or",
+        "--moe-capacity-backend is 'triton', but the platform is 'cpu': 'auto', 'torch' or",
     ),
     "unknown key": (
         {"additional_config": {"moe_capacity": {"mode": "drop", "gamma": 1}}},
@@ -109,7 +109,7 @@ def test_a_hidden_padding_mask_is_refused(example_model, monkeypatch):
     [
         ("enable_dbo", True, "--enable-dbo is True: False is accepted"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is 2: 1 is accepted"),
-        ("enable_eplb", True, "--enable-eplb is True: False is accepted"),
+        ("enable_elastic_ep", True, "--enable-elastic-ep is True: False is accepted"),
     ],
 )
 def test_layouts_that_are_not_served(example_model, setting, value, message):

@@ -10,9 +10,9 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.integration import router as router_module
-from vllm_capmoe.integration import step
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.plan import resolve
 
 T, E, K = 37, 16, 4
@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+MIXTRAL = MODELS["mixtral: softmax, renormalised"]
+
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
 def asked(request: pytest.FixtureRequest) -> dict[str, Any]:
@@ -47,11 +49,10 @@ def asked(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tokens(monkeypatch: pytest.MonkeyPatch) -> step.StepTokens:
+def tokens() -> StepTokens:
     """A step of T prompt tokens of one request."""
-    here = step.StepTokens.allocate(T, torch.device("cpu"))
+    here = StepTokens.allocate(T, 8, torch.device("cpu"))
     here.fill(torch.zeros(T, dtype=torch.int64), torch.arange(T), torch.tensor([T]))
-    monkeypatch.setattr(step, "_tokens", here)
     return here
 
 
@@ -67,7 +68,7 @@ def context() -> Iterator[ForwardContext]:
         yield made
 
 
-def make(asked: dict[str, Any], **settings: Any) -> CapacityRouter:
+def make(asked: dict[str, Any], tokens: StepTokens, **settings: Any) -> CapacityRouter:
     """Through the wrapped factory, as a layer of a model gets its router."""
 
     def original(**kwargs: Any) -> CPURouter:
@@ -90,10 +91,11 @@ def make(asked: dict[str, Any], **settings: Any) -> CapacityRouter:
         "layer",
         plan,
         LayerStats.allocate("layer", E, torch.device("cpu")),
+        tokens,
         seed=0,
         expert_device_E=None,
         own_device=None,
-        fill_dropped=False,
+        backend="torch",
     )
     return made
 
@@ -107,7 +109,7 @@ def by_expert(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["drop", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_limit_it_is_vllms_router(asked, tokens, context, mode, dtype):
-    made = make(asked, mode=mode, factor="inf")
+    made = make(asked, tokens, mode=mode, factor="inf")
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(dtype)
     theirs = made.inner._compute_routing(logits, logits, None)
     ours = made.route(logits, theirs[1])
@@ -117,7 +119,7 @@ def test_without_a_limit_it_is_vllms_router(asked, tokens, context, mode, dtype)
 
 
 def test_capacity_comes_after_the_models_choice(asked, tokens, context):
-    made = make(asked, mode="drop", factor=0.5, min_capacity=1)
+    made = make(asked, tokens, mode="drop", factor=0.5, min_capacity=1)
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(1))
     _, topk_ids = made.inner._compute_routing(logits, logits, None)
     weights, experts = made.route(logits, topk_ids)
@@ -135,7 +137,9 @@ def test_capacity_comes_after_the_models_choice(asked, tokens, context):
 
 
 def test_padding_and_decode_come_from_the_step(tokens, context):
-    made = make(MODELS["mixtral: softmax, renormalised"], mode="drop", factor=0.01, min_capacity=1)
+    made = make(
+        MODELS["mixtral: softmax, renormalised"], tokens, mode="drop", factor=0.01, min_capacity=1
+    )
     context.is_padding[30:] = True
     # Request 0 is at its prompt; requests 1 to 5 generate.
     request = torch.tensor([0] * 25 + [1, 2, 3, 4, 5])
@@ -153,7 +157,9 @@ def test_padding_and_decode_come_from_the_step(tokens, context):
 
 def test_a_forward_pass_without_padding_mask_drops_nothing(tokens, context):
     """Draft models run that way; nothing is known of their tokens."""
-    made = make(MODELS["mixtral: softmax, renormalised"], mode="drop", factor=0.01, min_capacity=1)
+    made = make(
+        MODELS["mixtral: softmax, renormalised"], tokens, mode="drop", factor=0.01, min_capacity=1
+    )
     context.is_padding = None
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
     _, topk_ids = made.inner._compute_routing(logits, logits, None)

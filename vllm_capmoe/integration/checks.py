@@ -3,6 +3,7 @@
 Every message is one sentence that names the flag, what came, and what is accepted.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm_capmoe.config import CapacityConfig
@@ -60,13 +61,71 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
             "or 'global' is accepted without both --enable-expert-parallel and "
             "--data-parallel-size above 1."
         )
+    if parallel.enable_eplb:
+        check_load_balancing(config, vllm_config)
+    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+        check_all_to_all(config, parallel.all2all_backend, top_k)
     resolve_backend(config, vllm_config)
 
 
-def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
-    """Who computes the experts: "torch" or "vllm".
+def check_load_balancing(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
+    """Refuse what EPLB, which moves experts between ranks and copies some, can't give.
 
-    `auto` is "torch" for unquantised weights and "vllm" for quantised ones.
+    Capacity is decided on logical experts; vLLM maps them to replicas afterwards.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    if config.level == "device":
+        raise ValueError(
+            "--moe-capacity-level is 'device', but --enable-eplb moves experts between devices "
+            "and spreads the load of one over several: 'expert' is accepted with it."
+        )
+    if config.candidates == "local":
+        raise ValueError(
+            "--moe-capacity-candidates is 'local', but --enable-eplb moves experts between ranks, "
+            "so none is local to a token: 'auto' or 'global' is accepted with it."
+        )
+    redundant = parallel.eplb_config.num_redundant_experts
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    experts = model.get_num_experts()
+    if (experts + redundant) % ranks:
+        raise ValueError(
+            f"--eplb-config.num_redundant_experts is {redundant}, but {experts} + {redundant} "
+            f"experts don't fit {ranks} ranks evenly: a number that makes their sum a multiple of "
+            f"{ranks} is accepted, such as {-experts % ranks}."
+        )
+
+
+# What is known of vLLM's all-to-all backends. Dropped assignments have the expert id -1; rows of
+# Expanded Drop are wider than the top-k. Only all-gather and reduce-scatter take rows of any width:
+# the others size their buffers, or take their handles, with `FusedMoEConfig.experts_per_token`.
+ANY_WIDTH = ("allgather_reducescatter",)
+SKIP_DROPPED = (*ANY_WIDTH, "deepep_high_throughput", "deepep_low_latency")
+
+
+def check_all_to_all(config: CapacityConfig, backend: str, top_k: int) -> None:
+    """Refuse an all-to-all backend whose buffers can't hold what a mode sends through them."""
+    if config.mode == "expanded" and config.max_experts != top_k and backend not in ANY_WIDTH:
+        raise ValueError(
+            f"--moe-capacity-mode is 'expanded', but the buffers of --all2all-backend {backend!r} "
+            f"hold the {top_k} experts of a token's top-k and no more: {ANY_WIDTH[0]!r}, or "
+            f"--moe-capacity-max-experts {top_k}, is accepted."
+        )
+    if backend not in SKIP_DROPPED:
+        raise ValueError(
+            f"--moe-capacity-mode is {config.mode!r}, but --all2all-backend {backend!r} isn't "
+            f"known to skip dropped assignments: {', '.join(map(repr, SKIP_DROPPED))} are accepted."
+        )
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run on CPU tensors in this process: slow, and meant for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
+    """Who computes the experts: "triton", "torch" or "vllm".
+
+    `auto` is "vllm" for quantised weights; else "triton" on CUDA and "torch" on the CPU.
 
     Raises:
         ValueError: the backend that was asked for can't serve this engine.
@@ -74,25 +133,27 @@ def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
     from vllm.platforms import current_platform
 
     quantization = vllm_config.model_config.quantization
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but this release computes capacity-aware "
-            f"experts on the CPU only and the platform is {current_platform.device_name!r}: "
-            "'off' is accepted."
+            f"--moe-capacity-mode is {config.mode!r}, but the platform is "
+            f"{current_platform.device_name!r}: it is accepted on CUDA and on the CPU."
         )
-    if config.backend == "triton":
+    own = "torch" if current_platform.is_cpu() else "triton"
+    backend = config.backend
+    if backend == "auto":
+        return own if quantization is None else "vllm"
+    interpreted = backend == "triton" and own == "torch" and triton_is_interpreted()
+    if backend not in (own, "vllm") and not interpreted:
         raise ValueError(
-            "--moe-capacity-backend is 'triton', but the platform is the CPU: 'auto', 'torch' or "
-            "'vllm' is accepted."
+            f"--moe-capacity-backend is {backend!r}, but the platform is "
+            f"{current_platform.device_name!r}: 'auto', {own!r} or 'vllm' is accepted."
         )
-    if config.backend == "torch" and quantization is not None:
+    if backend != "vllm" and quantization is not None:
         raise ValueError(
-            f"--moe-capacity-backend is 'torch', but the weights are quantised ({quantization}): "
-            "'auto' or 'vllm' is accepted."
+            f"--moe-capacity-backend is {backend!r}, but the weights are quantised "
+            f"({quantization}): 'auto' or 'vllm' is accepted."
         )
-    if config.backend == "auto":
-        return "torch" if quantization is None else "vllm"
-    return config.backend
+    return backend
 
 
 def _unserved(vllm_config: "VllmConfig") -> list[tuple[str, Any, str]]:
@@ -104,9 +165,8 @@ def _unserved(vllm_config: "VllmConfig") -> list[tuple[str, Any, str]]:
         ("--enable-dbo", parallel.use_ubatching, False),
         # Rows of other ranks would reach the router with the padding of this one.
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size, 1),
-        ("sequence-parallel MoE", parallel.use_sequence_parallel_moe, False),
-        # A router sees logical experts; replicas aren't wired yet.
-        ("--enable-eplb", parallel.enable_eplb, False),
+        # Ranks come and go; where experts live is settled once, when the model is loaded.
+        ("--enable-elastic-ep", parallel.enable_elastic_ep, False),
         # LoRA's expert kernels aren't ours, and they know no dropped assignments.
         ("--enable-lora", vllm_config.lora_config is not None, False),
         # The capture buffer holds exactly the top-k experts of a token.

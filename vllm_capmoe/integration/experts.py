@@ -1,8 +1,8 @@
 """The experts of a layer under a capacity mode, as one of vLLM's modular kernels.
 
 vLLM prepares the rows (and, with data parallelism, gathers them from all ranks), calls `apply`
-here, and reduces the result across ranks. What our class adds over vLLM's CPU kernel: any number
-of experts per token, dropped assignments (-1) that cost nothing, and expert maps.
+here, and reduces the result across ranks. Ours take any number of experts per token, dropped
+assignments (-1) that cost nothing, and expert maps, which vLLM's CPU kernel doesn't.
 """
 
 from typing import Any
@@ -19,21 +19,16 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
-from vllm_capmoe.experts import (
-    ACTIVATIONS,
-    PreparedExperts,
-    fused_experts_prepared,
-    fused_experts_torch,
-    prepare_weights,
-)
-from vllm_capmoe.integration import compat
+from vllm_capmoe import experts as torch_experts
+from vllm_capmoe.experts import PreparedExperts
+from vllm_capmoe.integration import checks, compat
 from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration.router import CapacityRouter
 
 
-class TorchExperts(mk.FusedMoEExpertsModular):
-    """`vllm_capmoe.experts` for the unquantised layers of a model on the CPU."""
+class CapacityExperts(mk.FusedMoEExpertsModular):
+    """What `TorchExperts` and `TritonExperts` have in common."""
 
-    prepared: PreparedExperts | None = None
     layer_name: str = ""
 
     @property
@@ -45,16 +40,8 @@ class TorchExperts(mk.FusedMoEExpertsModular):
         return mk.FusedMoEActivationFormat.Standard
 
     @staticmethod
-    def _supports_current_device() -> bool:
-        return current_platform.is_cpu()
-
-    @staticmethod
     def _supports_no_act_and_mul() -> bool:
         return True
-
-    @staticmethod
-    def _supports_activation(activation: MoEActivation) -> bool:
-        return activation.value in ACTIVATIONS
 
     @staticmethod
     def _supports_quant_scheme(weight_key: object, activation_key: object) -> bool:
@@ -74,17 +61,9 @@ class TorchExperts(mk.FusedMoEExpertsModular):
         return TopKWeightAndReduceNoOP()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Repack the loaded weights once, and let `experts_op` find this object by the layer."""
+        """Let `experts_op` find this object by the layer."""
         self.layer_name = layer.layer_name
         layer.capacity_experts = self
-        self.prepared = prepare_weights(
-            layer.w13_weight,
-            layer.w2_weight,
-            w13_bias=self.w1_bias,
-            w2_bias=self.w2_bias,
-            release=True,
-            **self._activation_arguments(),
-        )
 
     def _activation_arguments(self) -> dict[str, Any]:
         config = self.activation_config
@@ -131,6 +110,7 @@ class TorchExperts(mk.FusedMoEExpertsModular):
 
     def compute(
         self,
+        router: CapacityRouter,
         output: Tensor,
         hidden_states: Tensor,
         w1: Tensor,
@@ -140,17 +120,97 @@ class TorchExperts(mk.FusedMoEExpertsModular):
         expert_map: Tensor | None,
     ) -> None:
         """Write the weighted sum of the experts into `output` [T, H]."""
+        raise NotImplementedError
+
+
+class TorchExperts(CapacityExperts):
+    """`vllm_capmoe.experts`: plain torch, for the CPU."""
+
+    prepared: PreparedExperts | None = None
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return current_platform.is_cpu()
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation.value in torch_experts.ACTIVATIONS
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Repack the loaded weights, once."""
+        super().process_weights_after_loading(layer)
+        self.prepared = torch_experts.prepare_weights(
+            layer.w13_weight,
+            layer.w2_weight,
+            w13_bias=self.w1_bias,
+            w2_bias=self.w2_bias,
+            release=True,
+            **self._activation_arguments(),
+        )
+
+    def compute(
+        self,
+        router: CapacityRouter,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        expert_map: Tensor | None,
+    ) -> None:
         if self.prepared is not None:
-            fused_experts_prepared(
+            torch_experts.fused_experts_prepared(
                 hidden_states, self.prepared, weights, experts, expert_map=expert_map, out=output
             )
             return
-        fused_experts_torch(
+        torch_experts.fused_experts_torch(
             hidden_states,
             w1,
             w2,
             weights,
             experts,
+            expert_map=expert_map,
+            w13_bias=self.w1_bias,
+            w2_bias=self.w2_bias,
+            out=output,
+            **self._activation_arguments(),
+        )
+
+
+class TritonExperts(CapacityExperts):
+    """`capmoe_kernels.experts`: Triton, for CUDA (and, for tests, Triton's interpreter)."""
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return current_platform.is_cuda() or checks.triton_is_interpreted()
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        from capmoe_kernels.experts import ACTIVATIONS
+
+        return activation.value in ACTIVATIONS
+
+    def compute(
+        self,
+        router: CapacityRouter,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        expert_map: Tensor | None,
+    ) -> None:
+        from capmoe_kernels.experts import fused_experts
+
+        fused_experts(
+            hidden_states,
+            w1,
+            w2,
+            weights,
+            experts,
+            router.seats_of(experts, w2.shape[0], expert_map),
             expert_map=expert_map,
             w13_bias=self.w1_bias,
             w2_bias=self.w2_bias,
@@ -172,7 +232,7 @@ def experts_op(
     """`torch.ops.capmoe.experts`: the experts of the named layer, written into `output`."""
     runner = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
     runner.routed_experts.capacity_experts.compute(
-        output, hidden_states, w1, w2, weights, experts, expert_map
+        runner.router, output, hidden_states, w1, w2, weights, experts, expert_map
     )
 
 
@@ -207,22 +267,28 @@ def _select(original: Function) -> Function:
     def select_unquantized_moe_backend(moe_config: FusedMoEConfig) -> Any:
         from vllm.config import get_current_vllm_config
 
-        from vllm_capmoe.integration import checks
         from vllm_capmoe.integration.engine_args import capacity_config
 
         vllm_config = get_current_vllm_config()
         config = capacity_config(vllm_config.additional_config)
-        if not config.enabled or checks.resolve_backend(config, vllm_config) == "vllm":
+        if not config.enabled:
             return original(moe_config)
-        supported, reason = TorchExperts.is_supported_config(
-            TorchExperts, moe_config, None, None, mk.FusedMoEActivationFormat.Standard
+        backend = checks.resolve_backend(config, vllm_config)
+        if backend == "vllm":
+            return original(moe_config)
+        # By the name of the backend vLLM decides how to lay out the weights: these leave them.
+        ours: tuple[Any, type[CapacityExperts]] = {
+            "torch": (UnquantizedMoeBackend.CPU, TorchExperts),
+            "triton": (UnquantizedMoeBackend.TRITON, TritonExperts),
+        }[backend]
+        supported, reason = ours[1].is_supported_config(
+            ours[1], moe_config, None, None, mk.FusedMoEActivationFormat.Standard
         )
         if not supported:
             raise ValueError(
-                f"--moe-capacity-backend is {config.backend!r}, but {reason}: "
-                "'vllm' may be accepted."
+                f"--moe-capacity-backend is {config.backend!r}, but {reason}: 'vllm' is accepted "
+                "where vLLM has a kernel for it."
             )
-        # The backend decides how vLLM lays out the weights; CPU leaves them as loaded.
-        return UnquantizedMoeBackend.CPU, TorchExperts
+        return ours
 
     return select_unquantized_moe_backend

@@ -1,8 +1,10 @@
 """The MoE layers of a loaded model: bound to the configuration once, read for counters later."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -11,6 +13,7 @@ from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration import checks
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.plan import Plan, resolve
 
 if TYPE_CHECKING:
@@ -25,8 +28,12 @@ def moe_layers(vllm_config: "VllmConfig") -> list[MoERunner]:
     return [layer for layer in found if isinstance(layer, MoERunner)]
 
 
-def bind(config: CapacityConfig, vllm_config: "VllmConfig", device: torch.device) -> None:
+def bind(
+    config: CapacityConfig, vllm_config: "VllmConfig", device: torch.device, tokens: StepTokens
+) -> None:
     """Resolve the configuration for every MoE layer, and log the start-up line.
+
+    tokens: what the routers will read of every step.
 
     Raises:
         ValueError: a layer routes by itself, or the configuration doesn't fit it.
@@ -42,30 +49,31 @@ def bind(config: CapacityConfig, vllm_config: "VllmConfig", device: torch.device
                 f"itself ({type(router).__name__}, {method}): accepted are layers with vLLM's own "
                 "top-k routers and modular kernels."
             )
-        expert_device, own_device = placement(layer, router.num_logical_experts)
-        if expert_device is None and config.level == "device":
-            expert_device = [0] * router.num_logical_experts
+        placed = placement(config, layer, router.num_logical_experts)
         plan = resolve(
             config,
             num_experts=router.num_logical_experts,
             top_k=router.top_k,
-            expert_device=expert_device,
-            has_token_device=own_device is not None,
+            expert_device=placed.expert_device,
+            has_token_device=placed.own_device is not None,
             renormalize=router.renormalize,
         )
+        stats = LayerStats.allocate(layer.layer_name, plan.num_experts, device, placed.part)
+        tokens.before_first_step.append(stats.reset)
         router.bind(
             layer.layer_name,
             plan,
-            LayerStats.allocate(layer.layer_name, plan.num_experts, device),
+            stats,
+            tokens,
             seed=layer_seed(vllm_config.model_config.seed, layer.layer_id),
-            expert_device_E=None
-            if expert_device is None
-            else torch.tensor(expert_device).to(device),
-            own_device=own_device,
-            fill_dropped=backend == "vllm",
+            expert_device_E=torch.tensor(placed.expert_device, device=device),
+            own_device=placed.own_device,
+            backend=backend,
+            part=placed.part,
+            first_local=placed.first_local,
         )
         if index == 0:
-            log_start(config, plan, backend, len(layers), len(set(expert_device or [0])))
+            log_start(config, plan, backend, len(layers), placed.ranks)
     if not layers:
         raise ValueError(
             f"--moe-capacity-mode is {config.mode!r}, but no layer of "
@@ -73,16 +81,46 @@ def bind(config: CapacityConfig, vllm_config: "VllmConfig", device: torch.device
         )
 
 
-def placement(layer: MoERunner, num_experts: int) -> tuple[list[int] | None, int | None]:
-    """Where experts and tokens live.
+@dataclass(frozen=True)
+class Placement:
+    """Where the experts of a layer live, and whose tokens its router sees.
 
-    Returns:
-        The EP rank of every logical expert, or None without expert parallelism; and the EP rank
-        that owns the tokens which this process routes, or None where all ranks route all tokens.
+    expert_device: the device of every logical expert, all 0 on one rank.
+    own_device: the device that owns the tokens which this router sees, None where none does.
+    part: the part of the batch that this router sees, see `CapacityRouter.bind`.
+    ranks: expert parallel ranks.
+    first_local: the first expert of this rank, if its experts are consecutive and stay here.
+    """
+
+    expert_device: list[int]
+    own_device: int | None = None
+    part: int = 0
+    ranks: int = 1
+    first_local: int | None = 0
+
+
+def placement(config: CapacityConfig, layer: MoERunner, num_experts: int) -> Placement:
+    """The `Placement` of a layer, from how vLLM has parallelised it.
+
+    A device is an expert parallel rank. Who owns a token depends on the attention:
+
+        tensor parallel      nobody: all ranks hold all tokens and decide alike
+        data parallel        the rank, which routes its own tokens before dispatch
+        both, sequence       the rank: each tensor parallel rank routes its part of the tokens
+          parallel experts
+        both                 all tensor parallel ranks of the engine together: an engine counts as
+                             one device then, and all its ranks decide alike
+
+    Under EPLB experts move between ranks, so no expert is local to anyone.
+
+    Raises:
+        ValueError: level `device` with local candidates, where a device is an engine for one and
+            a rank for the other.
     """
     parallel = layer.moe_config.moe_parallel_config
+    part = get_tensor_model_parallel_rank() if parallel.is_sequence_parallel else 0
     if not parallel.use_ep:
-        return None, None
+        return Placement([0] * num_experts, part=part)
     strategy = layer.expert_map_manager.placement_strategy
     expert_device = [0] * num_experts
     for rank in range(parallel.ep_size):
@@ -90,7 +128,24 @@ def placement(layer: MoERunner, num_experts: int) -> tuple[list[int] | None, int
         if expert_map is not None:
             for expert in (expert_map >= 0).nonzero().flatten().tolist():
                 expert_device[expert] = rank
-    return expert_device, parallel.ep_rank if parallel.dp_size > 1 else None
+    here = [expert for expert, rank in enumerate(expert_device) if rank == parallel.ep_rank]
+    consecutive = here == list(range(here[0], here[0] + len(here))) if here else False
+    first_local = here[0] if consecutive and not parallel.enable_eplb else None
+    own_device = parallel.ep_rank if parallel.dp_size > 1 and not parallel.enable_eplb else None
+    sharing = parallel.ep_size // parallel.dp_size  # ranks of an engine
+    if own_device is not None and sharing > 1 and not parallel.is_sequence_parallel:
+        if config.level == "expert":
+            expert_device = [rank // sharing for rank in expert_device]
+            own_device //= sharing
+        elif config.candidates == "local":
+            raise ValueError(
+                "--moe-capacity-candidates is 'local' with --moe-capacity-level 'device', but "
+                f"{sharing} tensor parallel ranks hold each token of layer {layer.layer_name} "
+                "together: 'auto' or 'global', or level 'expert', is accepted."
+            )
+        else:
+            own_device = None
+    return Placement(expert_device, own_device, part, parallel.ep_size, first_local)
 
 
 def layer_seed(seed: int | None, layer_id: int) -> int:
@@ -114,6 +169,7 @@ def log_start(
         f"metric={config.metric}",
         f"min_capacity={config.min_capacity}",
         f"layers={num_layers}",
+        f"ranks={num_ranks}",
         f"backend={chosen(config.backend, backend)}",
         f"renormalize={chosen(config.renormalize, 'yes' if plan.renormalize else 'no')}",
     ]
@@ -144,11 +200,15 @@ def moe_capacity_counters(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
     return [layer.router.stats.counters() for layer in moe_layers(vllm_config)]
 
 
-def moe_capacity_record(vllm_config: "VllmConfig", on: bool) -> None:
-    """Start or stop keeping the routing of every step; each change forgets what was kept."""
+def moe_capacity_record(vllm_config: "VllmConfig", on: bool, rows: bool = True) -> None:
+    """Start or stop keeping the routing of every step; each change forgets what was kept.
+
+    rows: keep what belongs to single tokens too, not only loads, capacity and digest.
+    """
     for layer in moe_layers(vllm_config):
-        layer.router.stats.recording = on
-        layer.router.stats.records.clear()
+        stats = layer.router.stats
+        stats.recording, stats.recording_rows = on, rows
+        stats.records.clear()
 
 
 def moe_capacity_records(vllm_config: "VllmConfig") -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ of EPLB. The capacity step is one custom op, so that torch.compile sees an opaqu
 shape on every platform.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import layer as layer_module
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
@@ -25,9 +27,10 @@ from vllm.utils.torch_utils import (
     _resolve_layer_name,
 )
 
-from vllm_capmoe.integration import compat, step
+from vllm_capmoe.integration import compat
 from vllm_capmoe.integration.compat import Function
 from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.reference import Plan, route_torch
 
 SCORING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,21 +72,29 @@ class CapacityRouter(BaseRouter):
         self.layer_name: str = ""
         self.plan: Plan | None = None
         self.stats: LayerStats | None = None
+        self.tokens: StepTokens | None = None
         self.seed = 0
         self.expert_device_E: Tensor | None = None
         self.own_device: int | None = None
+        self.part = 0
         self.fill_dropped = False
+        self.core: Callable[..., Any] = route_torch
+        self.first_local: int | None = 0
+        self._seats: tuple[Tensor, Any] | None = None
 
     def bind(
         self,
         layer_name: str,
         plan: Plan,
         stats: LayerStats,
+        tokens: StepTokens,
         *,
         seed: int,
         expert_device_E: Tensor | None,
         own_device: int | None,
-        fill_dropped: bool,
+        backend: str,
+        part: int = 0,
+        first_local: int | None = 0,
     ) -> None:
         """Say what could not be known when vLLM built the layer.
 
@@ -91,16 +102,29 @@ class CapacityRouter(BaseRouter):
             layer_name: under which vLLM's forward context knows the layer.
             plan: the configuration, resolved for this layer.
             stats: where the loads are counted.
+            tokens: what is known of a step's tokens.
             seed: of the metric `random`; differs by layer.
             expert_device_E: int64 [E], which EP rank owns a logical expert; None on one rank.
             own_device: the EP rank that owns the tokens this router sees; None where all ranks
                 see all tokens.
-            fill_dropped: give unused places the token's first expert with weight 0 instead of -1,
-                for kernels that know no -1.
+            backend: who computes the experts, see `checks.resolve_backend`. "triton" routes by its
+                kernel, too. "vllm" gets the token's first expert with weight 0 in unused places
+                instead of -1, since not all of its kernels know that.
+            part: which part of the batch this router sees, counted in its own numbers of rows:
+                the tensor parallel rank under sequence parallelism, else 0.
+            first_local: the first expert of this rank, where its experts are consecutive and the
+                ids are logical; None elsewhere.
         """
-        self.layer_name, self.plan, self.stats, self.seed = layer_name, plan, stats, seed
+        self.layer_name, self.plan, self.stats, self.tokens = layer_name, plan, stats, tokens
+        self.seed = seed
         self.expert_device_E, self.own_device = expert_device_E, own_device
-        self.fill_dropped = fill_dropped
+        self.fill_dropped = backend == "vllm"
+        self.part = part
+        self.first_local = first_local
+        if backend == "triton":
+            from capmoe_kernels.routing import route_triton
+
+            self.core = route_triton
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
@@ -136,45 +160,70 @@ class CapacityRouter(BaseRouter):
         Returns:
             weights float32 [T, W] and experts int32 [T, W]; -1 and 0 in unused places.
         """
-        assert self.plan is not None and self.stats is not None
+        plan, stats, tokens = self.plan, self.stats, self.tokens
+        assert plan is not None and stats is not None and tokens is not None
         rows = router_logits.shape[0]
-        plan, is_padding = self.plan, get_forward_context().is_padding
-        tokens = step.tokens()
         scores_TE = SCORING[self.scoring_func](router_logits.float())
-        is_decode = tokens.is_decode[:rows]
+
+        def mine(batch_T: Tensor, fill: bool | int) -> Tensor:
+            """This router's rows of a batch, filled up where the batch ends before them."""
+            part_T = batch_T[self.part * rows : (self.part + 1) * rows]
+            return pad(part_T, (0, rows - part_T.shape[0]), value=fill)
+
+        is_padding = get_forward_context().is_padding
+        is_decode, request = mine(tokens.is_decode, False), mine(tokens.request, 0)
         if is_padding is None:
             # A forward pass that isn't a step of the scheduler, such as a draft model's: nothing
             # is known of its tokens, so none is dropped.
             is_decode = torch.ones_like(is_decode)
+        else:
+            is_padding = mine(is_padding, True)
         per_request = plan.scope == "request"
-        selection = route_torch(
+        selection = self.core(
             scores_TE,
             plan,
             topk_TK=topk_ids,
-            is_padding_T=None if is_padding is None else is_padding[:rows],
+            is_padding_T=is_padding,
             is_decode_T=is_decode,
-            request_T=tokens.request[:rows] if per_request else None,
-            num_requests=tokens.num_requests if per_request else 1,
+            request_T=request if per_request else None,
+            num_requests=tokens.num_groups if per_request else 1,
             device_E=self.expert_device_E,
             token_device_T=self._token_device(rows, scores_TE.device),
             seed=self.seed,
         )
-        if tokens.live and is_padding is not None:
-            self.stats.add(selection)
-            if self.stats.recording:
-                self.stats.record(
+        if is_padding is not None:
+            stats.add(selection)
+            if stats.recording:
+                stats.record(
                     selection,
                     topk=topk_ids,
-                    is_padding=is_padding[:rows],
+                    is_padding=is_padding,
                     is_decode=is_decode,
-                    request=tokens.request[:rows],
+                    request=request,
                 )
         weights, experts = selection.weights, selection.experts
+        self._seats = (experts, getattr(selection, "seats", None))
         if self.scale != 1.0:
             weights = weights * self.scale
         if self.fill_dropped:
             experts = torch.where(experts < 0, topk_ids[:, :1].to(torch.int32), experts)
         return weights, experts
+
+    def seats_of(self, experts: Tensor, num_local: int, expert_map: Tensor | None) -> Any:
+        """The seats that the routing kernel handed out with `experts`, or None if there are none.
+
+        There are none for rows that vLLM gathered from other ranks or mapped to replicas, and
+        where this rank's experts are not consecutive. num_local: experts of this rank.
+        """
+        if self._seats is None or self._seats[1] is None or self.first_local is None:
+            return None
+        (held, seats), self._seats = self._seats, None
+        if held.data_ptr() != experts.data_ptr() or held.shape != experts.shape:
+            return None
+        if expert_map is None:
+            return seats
+        offsets = seats.offsets[self.first_local : self.first_local + num_local + 1]
+        return dataclasses.replace(seats, offsets=offsets)
 
     def _token_device(self, rows: int, device: torch.device) -> Tensor | None:
         if self.own_device is None:

@@ -45,8 +45,8 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     """Install the execution-path patches and give `worker` its extra methods.
 
     The methods, all reached by `collective_rpc`: `moe_capacity_counters()` returns the counters of
-    every layer; `moe_capacity_record(on)` starts or stops keeping every step's routing;
-    `moe_capacity_records()` returns and forgets what was kept.
+    every layer; `moe_capacity_record(on, rows)` starts or stops keeping every step's routing;
+    `moe_capacity_records()` returns what was kept.
     """
     compat.check_version()
     checks.check_environment(config)
@@ -55,17 +55,16 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     from vllm_capmoe.integration import custom_ops, experts, layers, router, step
 
     vllm_config = worker.vllm_config
-    device = torch.device(vllm_config.device_config.device)
     custom_ops.register()
     router.install()
     experts.install()
-    step.install(vllm_config.scheduler_config.max_num_batched_tokens, device)
 
     load_model = worker.load_model
 
     def load_model_and_bind(*args: Any, **kwargs: Any) -> Any:
         result = load_model(*args, **kwargs)
-        layers.bind(config, vllm_config, device)
+        device = torch.device(worker.model_runner.device)
+        layers.bind(config, vllm_config, device, step.install(vllm_config, device))
         return result
 
     worker.load_model = load_model_and_bind
