@@ -19,11 +19,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from capmoe_kernels.activations import ACTIVATIONS, Activation, resolve_activation
 
 __all__ = [
     "ACTIVATIONS",
@@ -38,131 +39,67 @@ __all__ = [
 MAX_ROWS = 512
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_ALIASES = {"gelu_pytorch_tanh": "gelu_tanh"}  # as vLLM's MoEActivation.from_str
 
-# oneDNN post-op (name, algorithm) of the activation applied to the gate projection.
+# oneDNN post-op (name, algorithm) of an activation that the product of the gate can apply itself.
 _POST_OPS = {
     "silu": ("swish", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "silu_no_mul": ("swish", ""),
-    "gelu_no_mul": ("gelu", "none"),
-    "gelu_tanh_no_mul": ("gelu", "tanh"),
-    "relu2_no_mul": ("relu", ""),
+    "relu2": ("relu", ""),  # squared afterwards
 }
-# The parameters that an activation has, with vLLM's defaults (0.32, fused_moe/activation.py).
-_PARAMETERS: dict[str, dict[str, float | None]] = {
-    "silu": {"limit": None},
-    "swigluoai": {"alpha": 1.702, "beta": 1.0, "limit": 7.0},
-    "swigluoai_uninterleave": {"alpha": 1.0, "beta": 0.0, "limit": None},
-    "swiglustep": {"limit": 7.0},
-    "situ": {"situ_beta": None, "situ_linear_beta": None},
-}
-ACTIVATIONS = (*_POST_OPS, "swigluoai", "swigluoai_uninterleave", "swiglustep", "situ")
 
 
-@dataclass(frozen=True)
-class _Activation:
-    """An activation with its parameters resolved. Definitions: vLLM 0.32, layers/activation.py."""
-
-    name: str
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float | None = None
-    situ_beta: float = 1.0
-    situ_linear_beta: float | None = None
-
-    @property
-    def gated(self) -> bool:
-        return not self.name.endswith("_no_mul")
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether w13 holds gate0, up0, gate1, up1, ... instead of all gates, then all ups."""
-        return self.name == "swigluoai"
-
-    @property
-    def post_op(self) -> tuple[str, str] | None:
-        """What oneDNN can apply to the gate product itself, None if torch has to."""
-        if self.name == "silu" and self.limit is not None:
-            return None
-        return _POST_OPS.get(self.name)
-
-    def split(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up of a projection, along the last dimension."""
-        if self.interleaved:
-            return h[..., 0::2], h[..., 1::2]
-        half = h.shape[-1] // 2
-        return h[..., :half], h[..., half:]
-
-    def single(self, h_NI: Tensor) -> Tensor:
-        """Activation without a gate."""
-        if self.name == "silu_no_mul":
-            return F.silu(h_NI)
-        if self.name == "relu2_no_mul":
-            return F.relu(h_NI).square_()
-        return F.gelu(h_NI, approximate="tanh" if "tanh" in self.name else "none")
-
-    def pair(self, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-        """Activation of gate and up. May overwrite both."""
-        if self.name == "situ":
-            gate, up = gate_NI.float(), up_NI.float()
-            gate = torch.tanh(gate / self.situ_beta).mul_(self.situ_beta).mul_(gate.sigmoid())
-            if self.situ_linear_beta is not None:
-                up = torch.tanh(up / self.situ_linear_beta).mul_(self.situ_linear_beta)
-            return gate.mul_(up).to(gate_NI.dtype)
-        if self.name == "swiglustep":
-            assert self.limit is not None
-            return (
-                F.silu(gate_NI).clamp_(max=self.limit).mul_(up_NI.clamp_(-self.limit, self.limit))
-            )
-        if self.name in ("gelu", "gelu_tanh"):
-            approximate = "tanh" if self.name == "gelu_tanh" else "none"
-            return F.gelu(gate_NI, approximate=approximate).mul_(up_NI)
-        if self.limit is not None:
-            gate_NI, up_NI = gate_NI.clamp_(max=self.limit), up_NI.clamp_(-self.limit, self.limit)
-        if self.alpha == 1.0:
-            glu = F.silu(gate_NI)
-        else:
-            glu = (gate_NI * self.alpha).sigmoid_().mul_(gate_NI)
-        if self.beta == 0.0:
-            return glu.mul_(up_NI)
-        # (up + beta) * glu without rounding up + beta to the input dtype first.
-        return torch.addcmul(glu if self.beta == 1.0 else glu * self.beta, up_NI, glu)
+def _post_op(act: Activation) -> tuple[str, str] | None:
+    """What oneDNN can apply to the gate product, None if torch has to."""
+    plain = act.limit is None and act.alpha == 1.0 and act.beta == 0.0
+    return _POST_OPS.get(act.kind) if plain else None
 
 
-@functools.lru_cache(maxsize=64)
-def _resolve_activation(
-    name: str,
-    alpha: float | None,
-    beta: float | None,
-    limit: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
-) -> _Activation:
-    """Fill in vLLM's defaults. ValueError for an unknown name or a missing parameter."""
-    name = _ALIASES.get(name, name)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if situ_linear_beta is not None and situ_linear_beta <= 0:
-        situ_linear_beta = None  # vLLM's kernel: not above 0 means that up passes unchanged
-    given = {"alpha": alpha, "beta": beta, "limit": limit}
-    given |= {"situ_beta": situ_beta, "situ_linear_beta": situ_linear_beta}
-    values: dict[str, Any] = {
-        key: default if given[key] is None else given[key]
-        for key, default in _PARAMETERS.get(name, {}).items()
-    }
-    for key, argument in (("situ_beta", "situ_beta"), ("limit", "swiglu_limit")):
-        if name in ("situ", "swigluoai_uninterleave") and key in values and values[key] is None:
-            raise ValueError(f"activation {name!r} has {argument} None, expected a number")
-    return _Activation(name, **values)
+def _split(act: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up of a projection, along the last dimension."""
+    if act.interleaved:
+        return h[..., 0::2], h[..., 1::2]
+    half = h.shape[-1] // 2
+    return h[..., :half], h[..., half:]
+
+
+def _single(act: Activation, h_NI: Tensor) -> Tensor:
+    """The activation without a gate."""
+    if act.kind == "silu":
+        return F.silu(h_NI)
+    if act.kind == "relu2":
+        return F.relu(h_NI).square_()
+    return F.gelu(h_NI, approximate="tanh" if act.kind == "gelu_tanh" else "none")
+
+
+def _pair(act: Activation, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """The activation of gate and up, as vLLM 0.32 defines it. May overwrite both."""
+    if act.kind == "situ":
+        gate, up = gate_NI.float(), up_NI.float()
+        gate = torch.tanh(gate / act.alpha).mul_(act.alpha).mul_(gate.sigmoid())
+        if act.beta > 0:
+            up = torch.tanh(up / act.beta).mul_(act.beta)
+        return gate.mul_(up).to(gate_NI.dtype)
+    if act.kind == "swiglustep":
+        assert act.limit is not None
+        return F.silu(gate_NI).clamp_(max=act.limit).mul_(up_NI.clamp_(-act.limit, act.limit))
+    if act.kind in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if act.kind == "gelu_tanh" else "none"
+        return F.gelu(gate_NI, approximate=approximate).mul_(up_NI)
+    if act.limit is not None:
+        gate_NI, up_NI = gate_NI.clamp_(max=act.limit), up_NI.clamp_(-act.limit, act.limit)
+    glu = F.silu(gate_NI) if act.alpha == 1.0 else (gate_NI * act.alpha).sigmoid_().mul_(gate_NI)
+    if act.beta == 0.0:
+        return glu.mul_(up_NI)
+    # (up + beta) * glu without rounding up + beta to the input dtype first.
+    return torch.addcmul(glu if act.beta == 1.0 else glu * act.beta, up_NI, glu)
 
 
 @dataclass(frozen=True)
 class _Experts:
     """Weights of the experts of one layer on this rank, however they are stored."""
 
-    activation: _Activation
+    activation: Activation
     num_experts: int
     hidden_size: int
     dtype: torch.dtype
@@ -180,7 +117,7 @@ class _PlainExperts(_Experts):
     def forward(self, expert: int, x_NH: Tensor) -> Tensor:
         h = F.linear(x_NH, self.w13[expert], None if self.b13 is None else self.b13[expert])
         act = self.activation
-        a_NI = act.pair(*act.split(h)) if act.gated else act.single(h)
+        a_NI = _pair(act, *_split(act, h)) if act.gated else _single(act, h)
         return F.linear(a_NI, self.w2[expert], None if self.b2 is None else self.b2[expert])
 
 
@@ -202,7 +139,7 @@ class PreparedExperts(_Experts):
     def forward(self, expert: int, x_NH: Tensor) -> Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
         act, gate, b_gate = self.activation, self.gate[expert], self.gate_bias[expert]
-        post = act.post_op
+        post = _post_op(act)
         name, algorithm = post or ("none", "")
         a_NI = linear(x_NH, gate, b_gate, name, [], algorithm)
         if act.gated:
@@ -211,7 +148,7 @@ class PreparedExperts(_Experts):
                 # The product of gate and up happens on the float32 accumulator of the up product.
                 a_NI = linear.binary(x_NH, a_NI, up, b_up, "mul")
             else:
-                a_NI = act.pair(a_NI, linear(x_NH, up, b_up, "none", [], ""))
+                a_NI = _pair(act, a_NI, linear(x_NH, up, b_up, "none", [], ""))
         elif name == "relu":
             a_NI = a_NI.square_()
         return linear(a_NI, self.down[expert], self.down_bias[expert], "none", [], "")
@@ -254,7 +191,7 @@ def prepare_weights(
     ``release=True`` `w13` is freed before `w2` is packed, then `w2`, so at most one of the two
     is held twice: their ``.data`` becomes a zero of the same shape without memory behind it.
     """
-    act = _resolve_activation(
+    act = resolve_activation(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
     _check_weights(w13, w2, w13_bias, w2_bias, act)
@@ -269,7 +206,7 @@ def prepare_weights(
         if not act.gated:
             gate.append(pack(w_XH.contiguous()))
             continue
-        halves = act.split(w_XH.t())
+        halves = _split(act, w_XH.t())
         gate.append(pack(halves[0].t().contiguous()))
         up.append(pack(halves[1].t().contiguous()))
     if release:
@@ -282,7 +219,7 @@ def prepare_weights(
     gate_bias = up_bias = down_bias = nothing
     if w13_bias is not None:
         bias = w13_bias.detach().to(dtype)
-        b_gate, b_up = act.split(bias) if act.gated else (bias, None)
+        b_gate, b_up = _split(act, bias) if act.gated else (bias, None)
         gate_bias = tuple(b_gate.clone(memory_format=torch.contiguous_format))
         if b_up is not None:
             up_bias = tuple(b_up.clone(memory_format=torch.contiguous_format))
@@ -344,7 +281,7 @@ def fused_experts_torch(
     Example: T=1, H=I=1, K=2, ``relu2_no_mul``, w13 = [[[1]], [[2]]], w2 = [[[1]], [[10]]]. Hidden 3
     held by expert 0 with weight .5 and expert 1 with weight .1: .5 * 3^2 + .1 * 10 * 6^2 = 40.5.
     """
-    act = _resolve_activation(
+    act = resolve_activation(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
     _check_weights(w13, w2, w13_bias, w2_bias, act)
@@ -474,7 +411,7 @@ def _assignments(
 
 
 def _check_weights(
-    w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None, act: _Activation
+    w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None, act: Activation
 ) -> None:
     """ValueError unless the weights fit together."""
     if w13.dim() != 3 or w2.dim() != 3:
@@ -484,7 +421,7 @@ def _check_weights(
         )
     num_experts, hidden, intermediate = w2.shape
     wide = 2 * intermediate if act.gated else intermediate
-    _check_shape("w13", w13, (num_experts, wide, hidden), f"w2 {list(w2.shape)} and {act.name}")
+    _check_shape("w13", w13, (num_experts, wide, hidden), f"w2 {list(w2.shape)} and {act.kind}")
     if w13.dtype not in _FLOATS or w2.dtype != w13.dtype:
         raise ValueError(
             f"w13 is {w13.dtype} and w2 {w2.dtype}, expected the same of bfloat16, float16, float32"

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from capmoe_kernels import _expert_checks as check
 from capmoe_kernels import _gemm_kernels as kernels
-from capmoe_kernels._activations import ACTIVATIONS, Activation, resolve_activation
+from capmoe_kernels.activations import ACTIVATIONS, Activation, resolve_activation
 from capmoe_kernels.launch import (
     MAX_SPLIT,
     MAX_SPLIT_ROWS,
