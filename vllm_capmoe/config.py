@@ -93,6 +93,8 @@ def _words(*choices: str, help: str) -> dict[str, Any]:
     """Metadata of an option that takes one of a few words."""
 
     def normalise(value: Any) -> str:
+        if value is False and "off" in choices:  # what YAML makes of the word off
+            value = "off"
         _refuse_unless(isinstance(value, str) and value in choices)
         return str(value)
 

@@ -4,9 +4,11 @@ The plugin calls the same core, `vllm_capmoe.reference.route_torch`, with a plan
 `vllm_capmoe.plan.resolve`, without the checks that would cost time in every layer.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "torch", "triton")
 _SIZE_LIMIT = 2**29  # of T * E and groups * bins: sort keys of the routing are 63 bits wide
-_MAX_DEVICES = 2**16  # a mistaken huge id would ask for as many limits
+_MAX_DEVICES = 2**12  # a mistaken huge id would ask for as many limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ def route(
             rows of padding may hold anything.
         is_padding, is_decode, is_image: bool [T].
         request_ids: int [T], for scope request. Any integers; those of padding are not read.
-        expert_device, token_device: int [E] and [T], from 0 to 65535: the device (expert
+        expert_device, token_device: int [E] and [T], from 0 to 4095: the device (expert
             parallel rank) of an expert, and of a token. A token may be on a device without experts.
         renormalize: whether the model rescales its top-k weights (config.renormalize "auto").
         seed: for metric random; any integer, taken modulo 2**32.
@@ -156,8 +158,7 @@ def route(
     T, E = _check_scores(scores)
     if not isinstance(config, CapacityConfig):
         raise ValueError(f"config is a {type(config).__name__}, but it must be a CapacityConfig.")
-    _check_int("top_k", top_k)
-    _check_int("seed", seed)
+    top_k, seed = _check_int("top_k", top_k), _check_int("seed", seed)
     if not isinstance(renormalize, bool):
         raise ValueError(f"renormalize is {renormalize!r}, but it must be True or False.")
     if not 1 <= top_k <= E:
@@ -284,9 +285,14 @@ def _check_scores(scores: Tensor) -> tuple[int, int]:
     return scores.shape[0], scores.shape[1]
 
 
-def _check_int(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, but it must be an int.")
+def _check_int(name: str, value: SupportsIndex) -> int:
+    """The value as an int; a bool is none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, but it must be an int.") from None
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -148,14 +148,14 @@ def capacity(
     return max(experts * min_capacity, ceiling)
 
 
-def capacities(plan: Plan, tokens: int) -> list[int] | None:
-    """The limits [X] of a group of T tokens, or None where no load can pass its limit.
-
-    A bin of n experts takes at most T * min(k, n) assignments of the top-k.
-    """
-    if plan.gamma is None:
-        return None
-    limits = [
+def capacities(plan: Plan, experts: int, max_tokens: int) -> Tensor:
+    """int64 [max_tokens + 1]: `capacity` of a bin of n experts for 0, 1, ... tokens."""
+    assert plan.gamma is not None
+    per_token = plan.gamma * experts * plan.top_k / plan.num_experts
+    if per_token.numerator * max_tokens < 2**62:
+        ceilings_T = -(-torch.arange(max_tokens + 1) * per_token.numerator // per_token.denominator)
+        return ceilings_T.clamp_(min=experts * plan.min_capacity)
+    exact = [
         capacity(
             tokens,
             num_experts=plan.num_experts,
@@ -164,29 +164,31 @@ def capacities(plan: Plan, tokens: int) -> list[int] | None:
             min_capacity=plan.min_capacity,
             experts=experts,
         )
-        for experts in plan.bin_sizes
+        for tokens in range(max_tokens + 1)
     ]
-    most = [tokens * min(plan.top_k, experts) for experts in plan.bin_sizes]
-    if all(limit >= load for limit, load in zip(limits, most, strict=True)):
-        return None
-    return [min(limit, NO_LIMIT) for limit in limits]
+    return torch.tensor([min(limit, NO_LIMIT) for limit in exact])
 
 
 @lru_cache(maxsize=256)
 def _capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    unlimited = [NO_LIMIT] * len(plan.bin_sizes)
-    rows = [capacities(plan, tokens) for tokens in range(max_tokens + 1)]
-    first = next((tokens for tokens, row in enumerate(rows) if row is not None), NO_LIMIT)
-    table = [unlimited if row is None else row for row in rows]
-    return torch.tensor(table, dtype=torch.int32, device=device), first
+    sizes = torch.tensor(plan.bin_sizes)
+    limit_by_size = {n: capacities(plan, n, max_tokens) for n in set(plan.bin_sizes)}
+    limit_TX = torch.stack([limit_by_size[n] for n in plan.bin_sizes], dim=1)
+    # A bin of n experts takes at most T * min(k, n) assignments of the top-k.
+    most_TX = torch.arange(max_tokens + 1)[:, None] * sizes.clamp(max=plan.top_k)
+    free_T = (limit_TX >= most_TX).all(dim=1)
+    limited = (~free_T).nonzero().flatten()
+    first = int(limited[0]) if len(limited) else NO_LIMIT
+    table = limit_TX.clamp_(max=NO_LIMIT).masked_fill_(free_T[:, None], NO_LIMIT)
+    return table.int().to(device), first
 
 
 def capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    """`capacities` of 0, 1, ... max_tokens (or more) tokens, for look-ups by a tensor.
+    """The limits of groups of 0, 1, ... max_tokens (or more) tokens, for look-ups by a tensor.
 
-    Returns the table, int32 [max_tokens + 1 or more, X] with NO_LIMIT in rows without a limit,
-    and the lowest number of tokens that has a limit (NO_LIMIT if none has). Built once for each
-    power of two of max_tokens and kept.
+    Returns the table, int32 [max_tokens + 1 or more, X], with NO_LIMIT in the rows of groups in
+    which no load can pass its limit, and the lowest number of tokens that has a limit (NO_LIMIT
+    if none has). Built once for each power of two of max_tokens and kept.
     """
     return _capacity_table(plan, 1 << max(max_tokens, 1).bit_length(), device)
 

@@ -52,6 +52,7 @@ def as_dict(output: Any) -> dict[str, Any]:
         for position in completion.logprobs
     ]
     return {
+        "prompt_tokens": len(output.prompt_token_ids),
         "token_ids": list(completion.token_ids),
         "text": completion.text,
         "prompt_logprobs": prompt_logprobs,

@@ -59,6 +59,40 @@ def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     assert "dropped assignments; they are computed with weight zero" in theirs["log"]
 
 
+def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:
+    """Check every recorded step of a run with min_capacity 1, and count what came up.
+
+    Decode rows hold their top-k, no load passes its limit, padding holds nothing.
+    """
+    seen = {"prompt": 0, "decode": 0, "mixed": 0, "limited": 0}
+    for step in records:
+        decode_load = [0] * len(step["load_before"])
+        kinds = set()
+        for row, held in enumerate(step["experts"]):
+            held = sorted(expert for expert in held if expert >= 0)
+            if step["is_padding"][row]:
+                assert held == []
+                continue
+            decode = step["is_decode"][row]
+            kinds.add(decode)
+            seen["decode" if decode else "prompt"] += 1
+            if decode:
+                assert held == sorted(step["topk"][row])
+                for expert in held:
+                    decode_load[expert] += 1
+        seen["mixed"] += kinds == {True, False}
+        tokens = sum(not padding for padding in step["is_padding"])
+        ((capacity,),) = step["capacity"]
+        if False not in kinds:
+            assert step["load_after"] == step["load_before"]
+            continue
+        assert capacity == max(1, math.ceil(factor * tokens * 2 / 8))
+        for load, decode in zip(step["load_after"], decode_load, strict=True):
+            assert load <= max(capacity, decode)
+        seen["limited"] += step["load_after"] != step["load_before"]
+    return seen
+
+
 @pytest.mark.parametrize("mode", ["drop", "expanded"])
 def test_no_load_passes_its_limit_and_decode_keeps_its_experts(run, mode):
     """Small steps, so that prompts are cut into chunks and share steps with decoding requests."""
@@ -70,31 +104,55 @@ def test_no_load_passes_its_limit_and_decode_keeps_its_experts(run, mode):
         moe_capacity_factor=0.25,
         moe_capacity_min_capacity=1,
     )
-    mixed = limited = 0
-    for step in ours["records"][0]:
-        decode_load = [0] * len(step["load_before"])
-        kinds = set()
-        for row, held in enumerate(step["experts"]):
-            held = sorted(expert for expert in held if expert >= 0)
-            if step["is_padding"][row]:
-                assert held == []
-                continue
-            kinds.add(step["is_decode"][row])
-            if step["is_decode"][row]:
-                assert held == sorted(step["topk"][row])
-                for expert in held:
-                    decode_load[expert] += 1
-        mixed += kinds == {True, False}
-        tokens = sum(not padding for padding in step["is_padding"])
-        ((capacity,),) = step["capacity"]
-        if False not in kinds:
-            assert step["load_after"] == step["load_before"]
-            continue
-        assert capacity == max(1, math.ceil(0.25 * tokens * 2 / 8))
-        for load, decode in zip(step["load_after"], decode_load, strict=True):
-            assert load <= max(capacity, decode)
-        limited += step["load_after"] != step["load_before"]
-    assert mixed >= 8 and limited >= 8, "the run had no steps of the kind under test"
+    outputs, layers = ours["batches"][0], len(ours["counters"])
+    seen = check_steps(ours["records"][0], 0.25)
+    assert seen["mixed"] >= 8 and seen["limited"] >= 8, (
+        "the run had no steps of the kind under test"
+    )
+    # What a prompt is, counted without the plugin: all its tokens, once. The last token that a
+    # request generates is never fed back.
+    assert seen["prompt"] == layers * sum(output["prompt_tokens"] for output in outputs)
+    assert seen["decode"] == layers * sum(len(output["token_ids"]) - 1 for output in outputs)
+
+
+def test_tokens_computed_again_after_a_preemption_keep_their_rights(run):
+    """A cache too small for all requests: some are thrown out, and begin anew."""
+    ours = run(
+        [[LONG[:170] + str(n) * 3 for n in range(8)]],
+        max_tokens=90,
+        max_num_seqs=8,
+        max_num_batched_tokens=48,
+        block_size=32,
+        num_gpu_blocks_override=18,
+        moe_capacity_mode="expanded",
+        moe_capacity_factor=0.2,
+        moe_capacity_min_capacity=1,
+    )
+    outputs, layers = ours["batches"][0], len(ours["counters"])
+    seen = check_steps(ours["records"][0], 0.2)
+    generated = layers * sum(len(output["token_ids"]) - 1 for output in outputs)
+    assert seen["decode"] > generated, "no request was preempted"
+    assert seen["prompt"] > layers * sum(output["prompt_tokens"] for output in outputs)
+    # In one step, one request: prompt tokens that compete and generated ones that don't.
+    assert any(
+        len({d for d, r in zip(s["is_decode"], s["request"], strict=True) if r == request}) == 2
+        for s in ours["records"][0]
+        for request in set(s["request"])
+    )
+
+
+def test_scope_request_leaves_nothing_for_the_next_request(run):
+    """A beginning that two prompts share must not carry the first one's limit to the second."""
+    first, second = LONG + "zebra " * 30, LONG + "1 2 3 4 5 6 7 8 9 " * 9
+    ours = run(
+        [[second], [first], [second]],
+        enable_prefix_caching=None,  # vLLM's default, which is on
+        moe_capacity_mode="expanded",
+        moe_capacity_factor=0.5,
+        moe_capacity_scope="request",
+    )
+    fresh, _, after = ours["batches"]
+    assert fresh == after
 
 
 def rows_of(records: list[dict[str, Any]], number: int) -> list[Any]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +160,81 @@ class Moved:
         return other
 
 
+def same(original: compat.Function) -> compat.Function:
+    return original
+
+
 def test_a_seam_that_is_gone_is_named():
     with pytest.raises(compat.IncompatibleVLLMError, match=r"has no .*Moved\.gone"):
-        compat.wrap(Moved, "gone", lambda original: original, parameters=())
+        compat.apply(compat.Patch(Moved, "gone", same, ()))
 
 
-def test_a_seam_that_takes_something_else_is_named():
+def test_a_seam_that_takes_something_else_is_named_and_nothing_is_patched():
+    before = Moved.method
     with pytest.raises(compat.IncompatibleVLLMError, match=r"takes .*'other'.*without \['this'\]"):
-        compat.wrap(Moved, "method", lambda original: original, parameters=("this",))
-    assert Moved().method(3) == 3
+        compat.apply(
+            compat.Patch(Moved, "method", lambda original: print, ("other",)),
+            compat.Patch(Moved, "method", same, ("this",)),
+        )
+    assert Moved.method is before
+
+
+CHANGED = """
+import {module} as module
+{change}
+import vllm_capmoe
+vllm_capmoe.register()
+from vllm.engine.arg_utils import EngineArgs
+EngineArgs(model={model!r}).create_engine_config()
+print("off is served")
+EngineArgs(
+    model={model!r}, additional_config={{"moe_capacity": {{"mode": "drop"}}}}
+).create_engine_config()
+print("a mode is served")
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("module", "change"),
+    [
+        (
+            "vllm.v1.worker.worker_base",
+            "module.WorkerBase.__init__ = lambda self, config, rank: None",
+        ),
+        (
+            "vllm.engine.arg_utils",
+            "module.EngineArgs.from_cli_args = classmethod(lambda cls, namespace: None)",
+        ),
+    ],
+)
+def test_a_vllm_with_another_seam_serves_off_and_refuses_a_mode(example_model, module, change):
+    code = CHANGED.format(module=module, change=change, model=str(example_model))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "off is served" in done.stdout and "a mode is served" not in done.stdout
+    assert "IncompatibleVLLMError" in done.stderr and "leave --moe-capacity-mode off" in done.stderr
+
+
+def test_scope_request_turns_prefix_caching_off(example_model):
+    settings = {"moe_capacity_mode": "drop", "moe_capacity_scope": "request"}
+    assert not engine_config(example_model, **settings).cache_config.enable_prefix_caching
+    with pytest.raises(ValueError, match="--enable-prefix-caching hands what one request computed"):
+        engine_config(example_model, **settings, enable_prefix_caching=True)
+    assert engine_config(example_model, moe_capacity_mode="drop").cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize("key", ["moe-capacity", "moe_capacity_mode", "MoE_Capacity"])
+def test_a_key_that_is_nearly_right_is_refused(example_model, key):
+    with pytest.raises(ValueError, match=f"has the key '{key}', but 'moe_capacity' is accepted"):
+        engine_config(example_model, additional_config={key: {"mode": "drop"}})
 
 
 @pytest.mark.engine

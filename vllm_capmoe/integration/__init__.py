@@ -19,14 +19,11 @@ def register() -> None:
     With mode `off` nothing else happens. `LLM(moe_capacity_mode=...)` needs this call first, since
     vLLM loads its plugins only after it has taken the keywords.
 
-    Where that vLLM lacks what the arguments hang on, a warning says so and vLLM stays as it is.
+    On a vLLM that lacks what this hangs on, nothing is patched but the refusal of a mode.
     """
-    from vllm.logger import init_logger
-
     from vllm_capmoe.integration import compat, engine_args, worker
 
-    for part in (worker, engine_args):
-        try:
-            part.install()
-        except compat.IncompatibleVLLMError as error:
-            init_logger("vllm.capmoe").warning("vllm-capmoe: %s", error)
+    try:
+        compat.apply(*engine_args.patches(), *worker.patches())
+    except compat.IncompatibleVLLMError as error:
+        engine_args.refuse_modes(error)

@@ -10,6 +10,7 @@ from vllm_capmoe.config import CapacityConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 
 def check_environment(config: CapacityConfig) -> None:
@@ -26,6 +27,26 @@ def check_environment(config: CapacityConfig) -> None:
             f"--moe-capacity-mode is {config.mode!r}, but VLLM_MOE_SKIP_PADDING=0 hides which "
             "tokens are padding: 1, vLLM's default, is accepted."
         )
+
+
+def isolate_requests(config: CapacityConfig, engine_args: "EngineArgs") -> None:
+    """In scope request, turn prefix caching off, unless it was asked for: that is refused.
+
+    What a prompt's beginning becomes depends on the rest of that prompt, since both share a limit.
+    A cached prefix would carry one request's limit into another one.
+    """
+    from vllm.logger import init_logger
+
+    if config.scope != "request":
+        return
+    if engine_args.enable_prefix_caching:
+        raise ValueError(
+            "--moe-capacity-scope is 'request', but --enable-prefix-caching hands what one request "
+            "computed to others: --no-enable-prefix-caching, the default with this scope, is "
+            "accepted."
+        )
+    engine_args.enable_prefix_caching = False
+    init_logger("vllm.capmoe").info_once("MoE capacity: scope 'request' turns prefix caching off.")
 
 
 def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:

@@ -1,14 +1,15 @@
 """Which vLLM we run beside, and how we touch it.
 
-Every patch of vLLM goes through `wrap`, which refuses a symbol that is missing or whose parameters
-are not the ones we were written against. So a vLLM that has moved on gives a clear error where a
-capacity mode is asked for, never a patch that silently does nothing.
+Every patch of vLLM is a `Patch`, made by `apply`, which refuses a symbol that is missing or whose
+parameters are not the ones we were written against. So a vLLM that has moved on gives a clear error
+where a capacity mode is asked for, never a patch that silently does nothing.
 """
 
 import functools
 import importlib.metadata
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from packaging.version import Version
@@ -42,39 +43,63 @@ def check_version() -> None:
         )
 
 
-def wrap(
-    owner: Any, name: str, make: Callable[[Function], Function], *, parameters: tuple[str, ...]
-) -> None:
-    """Replace `owner.name` by `make(original)`, once.
+@dataclass(frozen=True)
+class Patch:
+    """One replacement of an attribute of vLLM.
 
-    Args:
-        owner: a module or a class of vLLM.
-        name: the attribute; a function, method, staticmethod or classmethod.
-        make: takes the original (for a classmethod: its plain function) and returns what replaces
-            it. It must pass everything through where the capacity mode is off.
-        parameters: names that the original must accept; this is what the replacement relies on.
+    owner: a module or a class of vLLM. name: the attribute; a function, method, staticmethod or
+    classmethod. make: takes the original (for a classmethod: its plain function) and returns what
+    replaces it; it must pass everything through where the capacity mode is off. parameters: names
+    that the original must accept, which is what the replacement relies on.
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Function], Function]
+    parameters: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        return f"{getattr(self.owner, '__module__', '')}.{self.owner.__name__}.{self.name}".lstrip(
+            "."
+        )
+
+    def original(self) -> tuple[type | None, Function]:
+        """The kind of the attribute (staticmethod, classmethod or None) and its function.
+
+        Raises:
+            IncompatibleVLLMError: the attribute or one of the parameters isn't there.
+        """
+        try:
+            raw = inspect.getattr_static(self.owner, self.name)
+        except AttributeError:
+            raise IncompatibleVLLMError(
+                f"vLLM {vllm_version()} has no {self.where}: {_ADVICE}"
+            ) from None
+        kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
+        function = raw.__func__ if kind else raw
+        known = inspect.signature(function).parameters
+        missing = [parameter for parameter in self.parameters if parameter not in known]
+        if missing:
+            raise IncompatibleVLLMError(
+                f"{self.where} of vLLM {vllm_version()} takes {list(known)}, without {missing}: "
+                f"{_ADVICE}"
+            )
+        return kind, function
+
+
+def apply(*patches: Patch) -> None:
+    """Make the replacements, each at most once: all of them, or none and an error.
 
     Raises:
-        IncompatibleVLLMError: the attribute or one of the parameters isn't there.
+        IncompatibleVLLMError: one of them doesn't fit this vLLM.
     """
-    where = f"{getattr(owner, '__module__', '')}.{owner.__name__}.{name}".lstrip(".")
-    try:
-        raw = inspect.getattr_static(owner, name)
-    except AttributeError:
-        raise IncompatibleVLLMError(f"vLLM {vllm_version()} has no {where}: {_ADVICE}") from None
-    kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
-    original = raw.__func__ if kind else raw
-    if getattr(original, _MARK, False):
-        return
-    known = inspect.signature(original).parameters
-    missing = [parameter for parameter in parameters if parameter not in known]
-    if missing:
-        raise IncompatibleVLLMError(
-            f"{where} of vLLM {vllm_version()} takes {list(known)}, without {missing}: {_ADVICE}"
-        )
-    replacement: Any = functools.wraps(original)(make(original))
-    setattr(replacement, _MARK, True)
-    setattr(owner, name, kind(replacement) if kind else replacement)
+    for patch, (kind, function) in [(patch, patch.original()) for patch in patches]:
+        if getattr(function, _MARK, False):
+            continue
+        replacement: Any = functools.wraps(function)(patch.make(function))
+        setattr(replacement, _MARK, True)
+        setattr(patch.owner, patch.name, kind(replacement) if kind else replacement)
 
 
 _ADVICE = f"this release of vllm-capmoe knows vLLM {SUPPORTED_TEXT}; leave --moe-capacity-mode off."

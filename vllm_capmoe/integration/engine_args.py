@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.integration import checks, compat, metrics
-from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration.compat import Function, Patch
 
 KEY = "moe_capacity"
 PREFIX = "moe_capacity_"
@@ -21,23 +21,39 @@ _DESCRIPTION = (
 )
 
 
-def install() -> None:
-    """Teach `EngineArgs` our arguments.
+def patches() -> list[Patch]:
+    """What teaches `EngineArgs` our arguments. All can go once vLLM lets a plugin add some itself.
 
-    Patches (all can go once vLLM lets a plugin add engine arguments itself):
-        EngineArgs.__init__, AsyncEngineArgs.__init__: accept `moe_capacity_*` keywords, which is
-            how `LLM(moe_capacity_mode=...)` arrives.
-        EngineArgs.add_cli_args: adds our group; serve, bench, launch and run-batch all call it.
-        EngineArgs.from_cli_args: carries the parsed flags over.
-        EngineArgs.create_engine_config: validates, before and after vLLM builds its config.
+    EngineArgs.create_engine_config: validates, before and after vLLM builds its config.
+    EngineArgs.__init__, AsyncEngineArgs.__init__: accept `moe_capacity_*` keywords, which is how
+        `LLM(moe_capacity_mode=...)` arrives.
+    EngineArgs.add_cli_args: adds our group; serve, bench, launch and run-batch all call it.
+    EngineArgs.from_cli_args: carries the parsed flags over.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-    for cls in (EngineArgs, AsyncEngineArgs):
-        compat.wrap(cls, "__init__", _accept_keywords, parameters=("additional_config",))
-    compat.wrap(EngineArgs, "add_cli_args", _add_group, parameters=("parser",))
-    compat.wrap(EngineArgs, "from_cli_args", _carry_flags, parameters=("cls", "args"))
-    compat.wrap(EngineArgs, "create_engine_config", _validate, parameters=("self",))
+    return [
+        Patch(EngineArgs, "create_engine_config", _validate, ("self",)),
+        Patch(EngineArgs, "__init__", _accept_keywords, ("additional_config",)),
+        Patch(AsyncEngineArgs, "__init__", _accept_keywords, ("additional_config",)),
+        Patch(EngineArgs, "add_cli_args", _add_group, ("parser",)),
+        Patch(EngineArgs, "from_cli_args", _carry_flags, ("cls", "args")),
+    ]
+
+
+def refuse_modes(error: compat.IncompatibleVLLMError) -> None:
+    """Where the patches don't fit this vLLM: let a mode in `additional_config` raise `error`."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def refuse(original: Function) -> Function:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if capacity_config(self.additional_config).enabled:
+                raise error
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    compat.apply(Patch(EngineArgs, "create_engine_config", refuse, ("self",)))
 
 
 def capacity_config(additional_config: Any) -> CapacityConfig:
@@ -46,7 +62,16 @@ def capacity_config(additional_config: Any) -> CapacityConfig:
     Raises:
         ValueError: what is there isn't a dict, or holds an unknown key or a bad value.
     """
-    found = additional_config.get(KEY) if isinstance(additional_config, dict) else None
+    if not isinstance(additional_config, dict):
+        return CapacityConfig()
+    for key in additional_config:
+        plain = str(key).lower().replace("-", "_")
+        if key != KEY and (plain == KEY or plain.startswith(PREFIX)):
+            raise ValueError(
+                f"additional_config has the key {key!r}, but {KEY!r} is accepted, with a dict of "
+                'settings such as {"mode": "expanded", "factor": 1.5}.'
+            )
+    found = additional_config.get(KEY)
     if found is None:
         return CapacityConfig()
     if not isinstance(found, dict):
@@ -70,8 +95,8 @@ def merge(additional_config: Any, given: dict[str, Any]) -> Any:
             f"--moe-capacity-{next(iter(given)).replace('_', '-')} needs an additional_config that "
             f"is a dict, but it is a {type(additional_config).__name__}."
         )
+    configured, wanted = capacity_config(additional_config), CapacityConfig.from_dict(given)
     before = additional_config.get(KEY) or {}
-    configured, wanted = capacity_config({KEY: before}), CapacityConfig.from_dict(given)
     for key in given:
         if key in before and getattr(configured, key) != getattr(wanted, key):
             raise ValueError(
@@ -133,6 +158,7 @@ def _validate(original: Function) -> Function:
             return original(self, *args, **kwargs)
         compat.check_version()
         checks.check_environment(config)
+        checks.isolate_requests(config, self)
         vllm_config = original(self, *args, **kwargs)
         checks.check_engine(config, vllm_config)
         metrics.install()

@@ -21,8 +21,8 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from vllm_capmoe import experts as torch_experts
 from vllm_capmoe.experts import PreparedExperts
-from vllm_capmoe.integration import checks, compat
-from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration import checks
+from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.router import CapacityRouter
 
 
@@ -249,18 +249,14 @@ def experts_fake(
     """Nothing but `output` is written, and its shape is known."""
 
 
-def install() -> None:
-    """Choose our experts for unquantised layers.
+def patches() -> list[Patch]:
+    """What chooses our experts for unquantised layers.
 
-    Patch: vllm...unquantized_fused_moe_method.select_unquantized_moe_backend, the name by which
-    that module knows the choice of a kernel. It can go once vLLM has a registry of MoE kernels.
+    vllm...unquantized_fused_moe_method.select_unquantized_moe_backend: the name by which that
+        module knows the choice of a kernel. It can go once vLLM has a registry of MoE kernels.
     """
-    compat.wrap(
-        unquantized_fused_moe_method,
-        "select_unquantized_moe_backend",
-        _select,
-        parameters=("moe_config",),
-    )
+    method = unquantized_fused_moe_method
+    return [Patch(method, "select_unquantized_moe_backend", _select, ("moe_config",))]
 
 
 def _select(original: Function) -> Function:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_capmoe.integration import compat
-from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration.compat import Function, Patch
 
 _HELP = {
     "assignments": "Token-expert assignments that the models' routers made.",
@@ -122,7 +122,7 @@ def install() -> None:
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    compat.wrap(AsyncLLM, "do_log_stats", _publish_too, parameters=("self",))
+    compat.apply(Patch(AsyncLLM, "do_log_stats", _publish_too, ("self",)))
 
 
 def _publish_too(original: Function) -> Function:

@@ -27,8 +27,7 @@ from vllm.utils.torch_utils import (
     _resolve_layer_name,
 )
 
-from vllm_capmoe.integration import compat
-from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.reference import Plan, route_torch
@@ -231,32 +230,28 @@ class CapacityRouter(BaseRouter):
         return torch.full((rows,), self.own_device, dtype=torch.int64, device=device)
 
 
-def install() -> None:
-    """Put a `CapacityRouter` around each router that vLLM makes from here on.
+def patches() -> list[Patch]:
+    """What puts a `CapacityRouter` around each router that vLLM makes from here on.
 
-    Patch: vllm.model_executor.layers.fused_moe.layer.create_fused_moe_router, the one place where
-    a layer's router is made. It can go once vLLM has a registry of routers.
+    vllm.model_executor.layers.fused_moe.layer.create_fused_moe_router: the one place where a
+        layer's router is made. It can go once vLLM has a registry of routers.
     """
-    compat.wrap(
-        layer_module,
-        "create_fused_moe_router",
-        _make_router,
-        parameters=(
-            "top_k",
-            "global_num_experts",
-            "renormalize",
-            "scoring_func",
-            "use_grouped_topk",
-            "routed_scaling_factor",
-            "e_score_correction_bias",
-            "custom_routing_function",
-            "zero_expert_type",
-            "hash_indices_table",
-            "num_fused_shared_experts",
-            "num_logical_experts",
-            "bias_vl",
-        ),
+    parameters = (
+        "top_k",
+        "global_num_experts",
+        "renormalize",
+        "scoring_func",
+        "use_grouped_topk",
+        "routed_scaling_factor",
+        "e_score_correction_bias",
+        "custom_routing_function",
+        "zero_expert_type",
+        "hash_indices_table",
+        "num_fused_shared_experts",
+        "num_logical_experts",
+        "bias_vl",
     )
+    return [Patch(layer_module, "create_fused_moe_router", _make_router, parameters)]
 
 
 def _make_router(original: Function) -> Function:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vllm_capmoe.integration import compat
-from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration.compat import Function, Patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,35 +65,34 @@ class StepTokens:
         self.num_requests = prompt_len_R.shape[0]
 
 
-# By the identity of the engine's configuration, which its model runner holds, too: a process may
-# hold several engines.
-_tokens: dict[int, StepTokens] = {}
+ATTRIBUTE = "moe_capacity_tokens"  # of a model runner
 
 
-def install(vllm_config: "VllmConfig", device: torch.device) -> StepTokens:
-    """Allocate the buffers of an engine and wrap the runners' input preparation.
-
-    Patches (both can go once vLLM's forward context says what the module's docstring lists):
-        vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs (runner V1; CPU too).
-        vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs (runner V2).
-    """
+def attach(model_runner: Any, vllm_config: "VllmConfig") -> StepTokens:
+    """Give a model runner its buffers, which the patched methods then fill."""
     scheduler = vllm_config.scheduler_config
-    tokens = StepTokens.allocate(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
-    _tokens[id(vllm_config)] = tokens
+    tokens = StepTokens.allocate(
+        scheduler.max_num_batched_tokens, scheduler.max_num_seqs, torch.device(model_runner.device)
+    )
+    setattr(model_runner, ATTRIBUTE, tokens)
+    return tokens
 
+
+def patches() -> list[Patch]:
+    """What fills the buffers. Both can go once vLLM's forward context says what is said above.
+
+    vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs: model runner V1; the CPU's too.
+    vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs: model runner V2.
+    """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
-    compat.wrap(
-        RunnerV1,
-        "_prepare_inputs",
-        _after_v1,
-        parameters=("scheduler_output", "num_scheduled_tokens"),
-    )
-    compat.wrap(
-        RunnerV2, "prepare_inputs", _after_v2, parameters=("scheduler_output", "batch_req_state")
-    )
-    return tokens
+    v1 = ("scheduler_output", "num_scheduled_tokens")
+    v2 = ("scheduler_output", "batch_req_state")
+    return [
+        Patch(RunnerV1, "_prepare_inputs", _after_v1, v1),
+        Patch(RunnerV2, "prepare_inputs", _after_v2, v2),
+    ]
 
 
 def _after_v1(original: Function) -> Function:
@@ -102,7 +100,7 @@ def _after_v1(original: Function) -> Function:
         self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
     ) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
-        tokens = _tokens.get(id(self.vllm_config))
+        tokens = getattr(self, ATTRIBUTE, None)
         if tokens is not None:
             rows = scheduler_output.total_num_scheduled_tokens
             batch = self.input_batch
@@ -122,7 +120,7 @@ def _after_v2(original: Function) -> Function:
         self: Any, scheduler_output: Any, batch_req_state: Any, *args: Any, **kwargs: Any
     ) -> Any:
         batch = original(self, scheduler_output, batch_req_state, *args, **kwargs)
-        tokens = _tokens.get(id(self.vllm_config))
+        tokens = getattr(self, ATTRIBUTE, None)
         if tokens is not None:
             prompt_len = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
             device = batch.positions.device

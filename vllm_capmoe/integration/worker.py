@@ -12,21 +12,21 @@ import torch
 
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration import checks, compat
-from vllm_capmoe.integration.compat import Function
+from vllm_capmoe.integration.compat import Function, Patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def install() -> None:
-    """Look at the configuration whenever a worker is made.
+def patches() -> list[Patch]:
+    """What looks at the configuration whenever a worker is made.
 
-    Patch: vllm.v1.worker.worker_base.WorkerBase.__init__, which every worker class calls first,
-    in every executor. It can go once vLLM passes its configuration to general plugins.
+    vllm.v1.worker.worker_base.WorkerBase.__init__: every worker class calls it first, in every
+        executor. It can go once vLLM passes its configuration to general plugins.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
-    compat.wrap(WorkerBase, "__init__", _activate_first, parameters=("vllm_config",))
+    return [Patch(WorkerBase, "__init__", _activate_first, ("vllm_config",))]
 
 
 def _activate_first(original: Function) -> Function:
@@ -56,15 +56,14 @@ def activate(worker: Any, config: CapacityConfig) -> None:
 
     vllm_config = worker.vllm_config
     custom_ops.register()
-    router.install()
-    experts.install()
+    compat.apply(*router.patches(), *experts.patches(), *step.patches())
 
     load_model = worker.load_model
 
     def load_model_and_bind(*args: Any, **kwargs: Any) -> Any:
         result = load_model(*args, **kwargs)
         device = torch.device(worker.model_runner.device)
-        layers.bind(config, vllm_config, device, step.install(vllm_config, device))
+        layers.bind(config, vllm_config, device, step.attach(worker.model_runner, vllm_config))
         return result
 
     worker.load_model = load_model_and_bind
