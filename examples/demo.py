@@ -354,6 +354,7 @@ def show_loads(rows: list[LoadRow]) -> None:
             f"  {row.layer:5d}   {row.before:15.2f}   {row.after:14.2f}   {row.dropped:7d}   "
             f"{row.expanded:8d}   {row.left_without:12d}"
         )
+    say("  (Generated tokens are never dropped, and no limit is below min-capacity: above 1.00.)")
     if not rows:
         raise DemoError("the server reported no loads")
     if not sum(row.dropped for row in rows):

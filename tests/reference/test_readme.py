@@ -1,4 +1,4 @@
-"""The README tells the truth about flags, defaults and versions."""
+"""The README tells the truth about flags, defaults, versions, metrics and the start-up line."""
 
 import re
 from pathlib import Path
@@ -17,3 +17,16 @@ def test_the_flags_table_is_the_list_of_options(repo_root: Path) -> None:
         assert default.strip("`") == str("auto" if option.default is None else option.default)
         for choice in option.choices or ():
             assert f"`{choice}`" in values
+
+
+def test_versions_metrics_and_the_start_up_line(repo_root: Path) -> None:
+    """Read from the source, so that no vLLM is needed."""
+    readme = (repo_root / "README.md").read_text()
+    sources = repo_root / "vllm_capmoe" / "integration"
+    versions = re.search(r'SUPPORTED_TEXT = "(.+)"', (sources / "compat.py").read_text())
+    assert versions is not None and f"vLLM {versions.group(1)}" in readme
+    for series in re.findall(r'^    "([a-z_]+)": "', (sources / "metrics.py").read_text(), re.M):
+        assert f"`{series}`" in readme
+    line = readme[readme.index("MoE capacity: mode=") :].split("\n\n")[0]
+    keys = re.findall(r'f"([a-z_]+)=\{', (sources / "layers.py").read_text())
+    assert set(keys) == set(re.findall(r"([a-z_]+)=", line))

@@ -1,0 +1,200 @@
+"""The GPU benchmarks run: tiny, under Triton's interpreter where there is no GPU.
+
+Their gates judge, their figures don't. What can't run here, the calls into vLLM's CUDA kernels, is
+bound to the signatures of the installed vLLM.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+INTERPRET = [] if torch.cuda.is_available() else ["--interpret"]
+QUICK = {
+    "layer": ["bench_moe_layer.py", *INTERPRET],
+    "tiles": ["bench_moe_layer.py", "--round-capacity", *INTERPRET],
+    "ranks": ["emulate_ep.py", *INTERPRET],
+    "tune": ["tune_experts.py", *INTERPRET],
+    "engine": ["bench_engine.py"],
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
+    return {**kept, **more}
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env=environment(**env),
+    )
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# date ") and lines[1].startswith("# device "), lines[:2]
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert rows and all(None not in row.values() for row in rows)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def common(repo_root: Path) -> ModuleType:
+    """benchmarks/_common.py as a module."""
+    import importlib.util
+
+    path = repo_root / "benchmarks" / "_common.py"
+    spec = importlib.util.spec_from_file_location("_common", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["_common"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [n for n in QUICK if n != "engine"])
+def test_quick_run_writes_a_table(repo_root: Path, tmp_path: Path, name: str) -> None:
+    script, *options = QUICK[name]
+    out = tmp_path / "out.csv"
+    command = [sys.executable, str(repo_root / "benchmarks" / script), "--quick", *options]
+    done = run([*command, "--out", str(out)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    read(out)
+    if name == "layer":  # a second run finds its rows there, and measures nothing
+        before = out.read_text()
+        done = run([*command, "--out", str(out)])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert out.read_text() == before
+
+
+@pytest.mark.engine
+def test_quick_engine_run(repo_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine.csv"
+    script = str(repo_root / "benchmarks" / "bench_engine.py")
+    done = run([sys.executable, script, "--quick", "--out", str(out)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(out)
+    assert {row["contender"] for row in rows} == {"stock", "drop-1.5"}
+    bound = [row for row in rows if row["contender"] == "drop-1.5" and row["load"] == "prefill"]
+    before, after = (float(bound[0][f"max_over_mean_{when}"]) for when in ("before", "after"))
+    assert before > 2.2 and after < before  # the skew that was asked for is there
+
+
+def test_one_command(repo_root: Path, tmp_path: Path) -> None:
+    """run_gpu.sh runs its steps in order, keeps to OUT, and the tuned file is loaded again."""
+    script = str(repo_root / "benchmarks" / "run_gpu.sh")
+    options = ["--quick", "--budget", "300", "--steps", "tune,tuned"]
+    env = {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = run(["bash", script, *options], **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.index("== tune:") < done.stdout.index("== tuned:")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"configs", "tune.log", "tuned.log"} <= names
+    assert any("moe_layer_tuned" in name and name.endswith(".csv") for name in names), names
+    assert list((tmp_path / "configs").glob("E=8,N=48,device_name=*.json"))
+    assert run(["bash", script, "--quick", "--steps", "nonsense"], **env).returncode == 2
+
+
+def test_what_calls_vllm_fits_its_signatures(repo_root: Path) -> None:
+    """The opponent's calls bind to the installed vLLM; their kernels need a GPU."""
+    code = """
+import inspect, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, sys.argv[1])
+import torch
+import _common as common
+import bench_moe_layer as bench
+
+device, dtype = torch.device("cpu"), torch.bfloat16
+layers = [common.make_layer(common.TINY, device, dtype)]
+bound = []
+for mode in ("off", "drop"):
+    case = bench.Case(bench.Point(common.TINY, 40, 3.0, mode, 1.0), layers, device, dtype)
+    vllm = bench.Vllm(case)
+    assert vllm.block_m in (16, 32, 64, 128), vllm.block_m
+    for name, result in (("fused_experts", None), ("topk_softmax", None), ("align", None)):
+        signature = inspect.signature(getattr(vllm, name))
+        def stand_in(*args, signature=signature, name=name, **kwargs):
+            signature.bind(*args, **kwargs)
+            bound.append(name)
+        setattr(vllm, name, stand_in)
+    vllm.experts(0), vllm.route(0), vllm.whole(0)
+    phantom = vllm.ids[0].max().item() == common.TINY.experts
+    assert phantom == (mode == "drop") == (vllm.map_E is not None)
+assert bound.count("fused_experts") == 4 and bound.count("align") == 2, bound
+"""
+    done = run([sys.executable, "-c", code, str(repo_root / "benchmarks")])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_router_has_the_skew_that_is_asked_for(common: ModuleType) -> None:
+    cpu = torch.device("cpu")
+    for shape in common.SHAPES.values():
+        for peak in (1.0, 3.0, 7.0):
+            logits = common.router_logits(4096, shape, peak, cpu, torch.float32, seed=1)
+            ids = logits.topk(shape.top_k).indices.reshape(-1)
+            load = torch.bincount(ids, minlength=shape.experts).max().item()
+            mean = 4096 * shape.top_k / shape.experts
+            wanted = min(peak, 0.98 * shape.experts / shape.top_k)
+            slack = 0.1 if peak > 1 else 0.3  # of an even router the largest load is noise
+            assert load / mean == pytest.approx(wanted, rel=slack), (shape.name, peak)
+
+
+def test_skew_is_the_same_under_other_defaults(common: ModuleType) -> None:
+    """vLLM loads weights with the device and the dtype of the model as torch's defaults."""
+    expected = common.expert_bias(16, 2, 3.0)
+    common.expert_bias.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert common.expert_bias(16, 2, 3.0) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_capacity_can_be_set_exactly(common: ModuleType) -> None:
+    for shape in common.SHAPES.values():
+        plan = common.make_plan(shape, "drop", 1.5)
+        for T, C in ((4096, 768), (4095, 129), (17, 3)):
+            assert common.capacity_of(common.with_capacity(plan, C, T), T) == C
+
+
+def test_gate_refuses_what_is_wrong(common: ModuleType) -> None:
+    torch.manual_seed(0)
+    layer = common.make_layer(common.TINY, torch.device("cpu"), torch.bfloat16)
+    hidden = torch.randn(9, common.TINY.hidden).bfloat16()
+    weights, experts = torch.rand(9, 8).topk(2)
+    experts = experts.int()
+    experts[0, 1] = -1
+    case = layer, hidden, weights, experts
+    good = common._loop(*case, torch.bfloat16).bfloat16()
+    assert common.gate_experts("good", good, *case) <= 1
+    for wrong in (good * 1.05, good.roll(1, 0), torch.full_like(good, torch.nan)):
+        with pytest.raises(common.GateError, match="is off by"):
+            common.gate_experts("wrong", wrong, *case)
+
+
+def test_table_is_continued_and_kept_apart(common: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    head = ["# date 2026-01-01", "# device A"]
+    common.Table(path, ("a", "b"), ("a",), head).add({"a": 1, "b": 0.123456789})
+    table = common.Table(path, ("a", "b"), ("a",), head)
+    assert table.has({"a": 1}) and not table.has({"a": 2})
+    assert table.rows == [{"a": "1", "b": "0.12346"}]
+    with pytest.raises(SystemExit, match="another device"):
+        common.Table(path, ("a", "b"), ("a",), ["# date 2026-01-02", "# device B"])
+    with pytest.raises(SystemExit, match="other columns"):
+        common.Table(path, ("a", "c"), ("a",), head)
