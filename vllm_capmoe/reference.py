@@ -152,7 +152,7 @@ def capacities(plan: Plan, experts: int, max_tokens: int) -> Tensor:
     """int64 [max_tokens + 1]: `capacity` of a bin of n experts for 0, 1, ... tokens."""
     assert plan.gamma is not None
     per_token = plan.gamma * experts * plan.top_k / plan.num_experts
-    if per_token.numerator * max_tokens < 2**62:
+    if max(per_token.numerator * max_tokens, per_token.denominator) < 2**62:
         ceilings_T = -(-torch.arange(max_tokens + 1) * per_token.numerator // per_token.denominator)
         return ceilings_T.clamp_(min=experts * plan.min_capacity)
     exact = [

@@ -48,6 +48,7 @@ __all__ = [
     "PlanLike",
     "RoutedSelection",
     "Seats",
+    "prepare_limits",
     "route_logits_triton",
     "route_triton",
 ]
@@ -203,6 +204,18 @@ def route_logits_triton(
         token_device_T=token_device_T,
         seed=seed,
     )
+
+
+def prepare_limits(plan: PlanLike, max_tokens: int, device: torch.device) -> None:
+    """Build the tables of limits for all steps of up to max_tokens tokens, once per plan.
+
+    A call builds what it needs by itself, but copies it to the device, which the capture of a CUDA
+    graph doesn't allow.
+    """
+    if plan.mode == "off" or plan.gamma is None:
+        return
+    for power in range(max(max_tokens, 1).bit_length() + 1):
+        limit_table(plan, 1 << power >> 1, device)
 
 
 def _route(

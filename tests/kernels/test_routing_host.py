@@ -100,3 +100,12 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(routing, "INTERPRETED", False)
     with pytest.raises(ValueError, match="scores_TE is on cpu.*TRITON_INTERPRET=1"):
         route_triton(torch.rand(4, 8), make_plan(8, 2))
+
+
+def test_prepared_limits_leave_nothing_to_build_in_a_capture() -> None:
+    plan, device = make_plan(8, 2, factor=0.7531), torch.device(DEVICE)
+    routing.prepare_limits(plan, 2048, device)
+    built = launch._limit_table.cache_info().misses
+    for tokens in (1, 2, 3, 100, 511, 512, 1000, 2047, 2048):
+        launch.limit_table(plan, tokens, device)
+    assert launch._limit_table.cache_info().misses == built

@@ -121,9 +121,10 @@ class CapacityRouter(BaseRouter):
         self.part = part
         self.first_local = first_local
         if backend == "triton":
-            from capmoe_kernels.routing import route_triton
+            from capmoe_kernels.routing import prepare_limits, route_triton
 
             self.core = route_triton
+            prepare_limits(plan, tokens.is_decode.shape[0], tokens.is_decode.device)
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
