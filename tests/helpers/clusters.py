@@ -1,0 +1,46 @@
+"""What engines of several ranks need on two cores, see tests/platform and tests/ranks."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from engines import environment, processes_of_group
+
+TESTS = Path(__file__).resolve().parent.parent
+
+CLUSTER = {
+    # The test platform, and what the runners of the end-to-end tests have to share.
+    "PYTHONPATH": os.pathsep.join([str(TESTS / "platform"), str(TESTS / "e2e")]),
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # a rank on each of the two cores
+}
+TENSOR_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+DATA_PARALLEL = {"data_parallel_size": 2, "enable_expert_parallel": True}
+
+
+def start(command: list[str], log: Path, timeout: float, **env: str) -> str:
+    """Run a command to its end in a process group of its own, and return its output.
+
+    Fails if it takes longer, if its exit status isn't 0, or if it leaves a process behind.
+    """
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            env=environment(**{**CLUSTER, **env}),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        code: int | str = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        code = f"no end in {timeout:.0f} s"
+    deadline = time.monotonic() + 20  # what the command started may end a little after it
+    while (left := processes_of_group(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if left:
+        os.killpg(process.pid, signal.SIGKILL)
+    text = log.read_text(errors="replace")
+    assert code == 0 and not left, f"ended with {code}, leaving {left}:\n{text[-6000:]}"
+    return text

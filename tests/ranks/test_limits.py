@@ -1,0 +1,168 @@
+"""gamma = 1: every rank keeps its limit, and ranks that must agree do, step by step."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from clusters import DATA_PARALLEL, TENSOR_PARALLEL
+
+pytestmark = pytest.mark.engine
+
+TEXT = "Experts that are overloaded drop the tokens that they need least, say those who know. "
+NO_LIMIT = 2**31 - 1
+
+Step = dict[str, Any]
+
+
+def by_layer(records: list[Step]) -> dict[str, list[Step]]:
+    """The steps of each layer, in order."""
+    layers = defaultdict(list)
+    for step in records:
+        layers[step["layer"]].append(step)
+    return layers
+
+
+def decode_load(step: Step) -> list[int]:
+    """Assignments of generated tokens, which are never dropped, by expert."""
+    load = [0] * len(step["load_after"])
+    for held, decode, padding in zip(
+        step["experts"], step["is_decode"], step["is_padding"], strict=True
+    ):
+        for expert in held:
+            if decode and not padding and expert >= 0:
+                load[expert] += 1
+    return load
+
+
+def real_tokens(step: Step) -> int:
+    return step["is_padding"].count(False)
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(run_ranks, make_mixtral, tmp_path_factory) -> dict[str, Any]:
+    """Device level, on seven experts: rank 0 has four of them and rank 1 three."""
+    model = make_mixtral.make_checkpoint(
+        tmp_path_factory.mktemp("models") / "seven", experts=7, layers=2, skew=2.0
+    )
+    requests = [
+        {"prompt": TEXT * (2 + n), "max_tokens": 40 * n, "ignore_eos": True} for n in range(1, 7)
+    ]
+    return run_ranks(
+        requests,
+        record="rows",
+        model=str(model),
+        max_num_batched_tokens=64,  # prompts in chunks, beside requests that generate
+        moe_capacity_mode="expanded",
+        moe_capacity_factor=1.0,
+        moe_capacity_level="device",
+        moe_capacity_min_capacity=1,
+        **TENSOR_PARALLEL,
+    )
+
+
+def test_tensor_parallel_ranks_decide_alike(tensor_parallel):
+    one, other = tensor_parallel["records"][0]
+    for layer, steps in by_layer(one).items():
+        theirs = by_layer(other)[layer]
+        digests = [step["digest"] for step in steps]
+        assert digests == [step["digest"] for step in theirs]
+        assert len(digests) >= 200 and len(set(digests)) >= 100
+        assert sum(step["load_before"] != step["load_after"] for step in steps) >= 10
+
+
+def test_the_load_of_a_device_stays_within_its_limit(tensor_parallel):
+    """What the experts of each rank were called with is within the limit, too."""
+    owner = [0, 0, 0, 0, 1, 1, 1]
+    limited = 0
+    for rank, records in enumerate(tensor_parallel["records"][0]):
+        calls = by_layer(tensor_parallel["received"][0][rank])
+        for layer, steps in by_layer(records).items():
+            for step, call in zip(steps, calls[layer], strict=True):
+                assert call["counts"] == step["load_after"]
+                ((*capacity,),) = step["capacity"]
+                if NO_LIMIT in capacity:
+                    continue
+                tokens = real_tokens(step)
+                assert capacity == [
+                    max(n, math.ceil(n * tokens * 2 / 7)) for n in (owner.count(0), owner.count(1))
+                ]
+                decode, load = decode_load(step), step["load_after"]
+                for device in (0, 1):
+                    mine = [expert for expert in range(7) if owner[expert] == device]
+                    bound = max(capacity[device], sum(decode[expert] for expert in mine))
+                    assert sum(load[expert] for expert in mine) <= bound
+                limited += load != step["load_before"]
+    assert limited >= 20, "hardly a step had a limit in effect"
+
+
+@pytest.fixture(scope="module")
+def data_parallel(run_ranks) -> dict[str, Any]:
+    """Rank 0 has a lot to do; rank 1 a little, and is done early."""
+    requests = [
+        {"prompt": TEXT * (3 + n), "max_tokens": 20 + 4 * n, "ignore_eos": True, "rank": 0}
+        for n in range(10)
+    ]
+    requests += [{"prompt": TEXT * 8, "max_tokens": 6, "ignore_eos": True, "rank": 1}] * 4
+    return run_ranks(
+        requests,
+        record="rows",
+        max_num_batched_tokens=128,
+        moe_capacity_mode="expanded",
+        moe_capacity_factor=1.0,
+        moe_capacity_min_capacity=1,
+        **DATA_PARALLEL,
+    )
+
+
+def test_each_data_parallel_rank_keeps_its_own_limit(data_parallel):
+    """Limits count a rank's own tokens; extra candidates are experts that live on it."""
+    limited, expanded, idle = [0, 0], [0, 0], [0, 0]
+    for rank in (0, 1):
+        (records,) = data_parallel["records"][rank]
+        local = range(4 * rank, 4 * rank + 4)
+        for step in records:
+            tokens = real_tokens(step)
+            idle[rank] += tokens == 0
+            ((capacity,),) = step["capacity"]
+            if capacity == NO_LIMIT:
+                assert step["load_after"] == step["load_before"]
+                continue
+            assert capacity == max(1, math.ceil(tokens * 2 / 8))
+            for load, decode in zip(step["load_after"], decode_load(step), strict=True):
+                assert load <= max(capacity, decode)
+            limited[rank] += step["load_after"] != step["load_before"]
+            for held, topk in zip(step["experts"], step["topk"], strict=True):
+                extra = {expert for expert in held if expert >= 0} - set(topk)
+                assert all(expert in local for expert in extra)
+                expanded[rank] += len(extra)
+    assert min(limited) >= 4 and min(expanded) > 0
+    assert idle[1] >= 20, "rank 1 was never idle while rank 0 worked"
+
+
+def test_what_a_rank_receives_is_within_the_sum_of_the_limits(data_parallel):
+    """The experts of a rank get what both ranks decided in that step, and no more."""
+    both = [by_layer(worker) for (worker,) in data_parallel["records"]]
+    limited = 0
+    for rank in (0, 1):
+        (calls,) = data_parallel["received"][rank]
+        for layer, received in by_layer(calls).items():
+            # One rank may be a dummy step further when the records are fetched.
+            for call, one, other in zip(received, both[0][layer], both[1][layer], strict=False):
+                assert call["counts"] == [
+                    a + b for a, b in zip(one["load_after"], other["load_after"], strict=True)
+                ]
+                capacity = [each["capacity"][0][0] for each in (one, other)]
+                if NO_LIMIT in capacity:
+                    continue
+                tokens = real_tokens(one) + real_tokens(other)
+                # + 1: two ranks round up instead of one
+                assert sum(capacity) <= math.ceil(tokens * 2 / 8) + 1
+                decode = (decode_load(one), decode_load(other))
+                for expert, count in enumerate(call["counts"]):
+                    assert count <= sum(
+                        max(limit, load[expert])
+                        for limit, load in zip(capacity, decode, strict=True)
+                    )
+                limited += 1
+    assert limited >= 4, "the ranks never had prompts in the same step"

@@ -1,0 +1,258 @@
+"""Which device owns an expert and a token, and what a router sees of a batch: without an engine."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.distributed.eplb.eplb_state import EplbLayerState
+from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.router import base_router
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+from vllm_capmoe import CapacityConfig
+from vllm_capmoe.integration import layers
+from vllm_capmoe.integration.layers import Placement, placement
+from vllm_capmoe.integration.metrics import Summary, layers_of
+from vllm_capmoe.integration.router import CapacityRouter
+from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.integration.step import StepTokens
+from vllm_capmoe.plan import resolve
+
+CPU = torch.device("cpu")
+
+
+def parallel(rank: int, *, tp: int = 1, dp: int = 1, sp: int = 1, **more: Any) -> Any:
+    """What vLLM says to the layers of one worker, under expert parallelism."""
+    settings = {
+        "tp_size": 1,
+        "tp_rank": 0,
+        "pcp_size": 1,
+        "pcp_rank": 0,
+        "dp_size": dp,
+        "dp_rank": rank // tp,
+        "ep_size": tp * dp,
+        "ep_rank": rank,
+        "sp_size": sp,
+        "use_ep": True,
+        "all2all_backend": "allgather_reducescatter",
+        "enable_eplb": False,
+    }
+    return FusedMoEParallelConfig(**{**settings, **more})
+
+
+def manager(config: FusedMoEParallelConfig, experts: int, strategy: str) -> ExpertMapManager:
+    return ExpertMapManager(
+        max_num_batched_tokens=64,
+        top_k=2,
+        global_num_experts=experts,
+        num_redundant_experts=0,
+        num_expert_group=2,  # without groups vLLM places linearly
+        moe_parallel_config=config,
+        placement_strategy=strategy,
+        enable_eplb=False,
+    )
+
+
+def placed(
+    config: FusedMoEParallelConfig, experts: int = 8, strategy: str = "linear", **settings: Any
+) -> Placement:
+    layer: Any = SimpleNamespace(
+        layer_name="layer",
+        moe_config=SimpleNamespace(moe_parallel_config=config),
+        expert_map_manager=manager(config, experts, strategy),
+    )
+    return placement(CapacityConfig(mode="expanded", **settings), layer, experts)
+
+
+@pytest.fixture(autouse=True)
+def no_tensor_parallel_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 1)
+
+
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 2), (7, 2), (10, 4), (16, 3)])
+def test_the_device_of_an_expert_is_the_rank_that_vllm_gives_it(experts, ranks, strategy):
+    found = [placed(parallel(r, tp=ranks), experts, strategy) for r in range(ranks)]
+    assert len({tuple(each.expert_device) for each in found}) == 1
+    for rank in range(ranks):
+        theirs = manager(parallel(rank, tp=ranks), experts, strategy).get_local_expert_ids()
+        mine = [e for e, device in enumerate(found[0].expert_device) if device == rank]
+        assert mine == theirs
+    if strategy == "round_robin":
+        assert found[0].expert_device[:2] == [0, 1]
+
+
+def test_nobody_owns_tokens_under_tensor_parallel_attention():
+    assert placed(parallel(1, tp=2)).own_device is None
+
+
+def test_a_data_parallel_rank_owns_its_tokens():
+    assert [placed(parallel(rank, dp=2)).own_device for rank in (0, 1)] == [0, 1]
+
+
+def test_under_sequence_parallelism_each_rank_owns_its_part():
+    found = placed(parallel(3, tp=2, dp=2, sp=2))
+    assert (found.own_device, found.part) == (3, 1)
+    assert found.expert_device == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_tensor_parallel_ranks_of_an_engine_decide_alike():
+    """They hold the same tokens, so what is local must be the same for both."""
+    two, three = placed(parallel(2, tp=2, dp=2)), placed(parallel(3, tp=2, dp=2))
+    assert (two.own_device, two.expert_device) == (three.own_device, three.expert_device)
+    assert (two.own_device, two.expert_device, two.ranks) == (1, [0, 0, 0, 0, 1, 1, 1, 1], 4)
+
+
+def test_level_device_bounds_ranks_where_an_engine_has_several():
+    found = placed(parallel(3, tp=2, dp=2), level="device")
+    assert (found.own_device, found.expert_device) == (None, [0, 0, 1, 1, 2, 2, 3, 3])
+    with pytest.raises(ValueError, match="'local' with --moe-capacity-level 'device', but 2 tens"):
+        placed(parallel(3, tp=2, dp=2), level="device", candidates="local")
+
+
+def test_without_expert_parallelism_there_is_one_device():
+    found = placed(parallel(0, tp=1, dp=2, use_ep=False, ep_size=1))
+    assert (found.own_device, found.expert_device, found.ranks) == (None, [0] * 8, 1)
+
+
+def test_no_expert_is_local_under_load_balancing():
+    found = placed(parallel(1, dp=2, enable_eplb=True))
+    assert found.own_device is None
+    plan = resolve(
+        CapacityConfig(mode="expanded"),
+        num_experts=8,
+        top_k=2,
+        expert_device=found.expert_device,
+        has_token_device=False,
+    )
+    assert not plan.local and plan.extra == 2 and plan.max_experts is None
+
+
+# --- What a router does with it ----------------------------------------------------------------
+
+T, E, K = 37, 8, 2
+
+
+@pytest.fixture
+def tokens() -> Iterator[StepTokens]:
+    """Thirty prompt tokens of request 0, five requests that generate, two rows of padding."""
+    tokens = StepTokens.allocate(T, 8, CPU)
+    request = torch.tensor([0] * 30 + [1, 2, 3, 4, 5])
+    positions = torch.tensor([*range(30), 9, 8, 7, 6, 5])
+    tokens.fill(request, positions, torch.tensor([30, 9, 8, 7, 6, 5]))
+    is_padding = torch.arange(T) >= 35
+    context = ForwardContext(
+        no_compile_layers={}, attn_metadata={}, slot_mapping={}, is_padding=is_padding
+    )
+    with override_forward_context(context):
+        yield tokens
+
+
+def router(
+    tokens: StepTokens, part: int = 0, physical: int = E, eplb_state: Any = None, **settings: Any
+) -> Any:
+    config = CapacityConfig(mode="drop", factor=0.5, min_capacity=1, **settings)
+    inner = CPURouter(top_k=K, global_num_experts=physical)
+    inner.eplb_state = eplb_state
+    made = CapacityRouter(
+        inner,
+        top_k=K,
+        num_logical_experts=E,
+        scoring_func="softmax",
+        renormalize=True,
+        scale=1.0,
+    )
+    made.bind(
+        "layer",
+        resolve(config, num_experts=E, top_k=K),
+        LayerStats.allocate("layer", E, CPU, part),
+        tokens,
+        seed=0,
+        expert_device_E=torch.zeros(E, dtype=torch.int64),
+        own_device=None,
+        backend="torch",
+        part=part,
+    )
+    made.stats.recording = True
+    return made
+
+
+@pytest.mark.parametrize("scope", ["batch", "request"])
+def test_sequence_parallel_ranks_see_their_part_of_the_batch(tokens, scope):
+    """37 rows on two ranks: 19 each, so that the second has one row past the end of the batch."""
+    logits = torch.randn(38, E, generator=torch.Generator().manual_seed(0))
+    topk_ids = logits.topk(K).indices
+    records = []
+    for part in (0, 1):
+        rows = slice(19 * part, 19 * part + 19)
+        made = router(tokens, part, scope=scope)
+        made.route(logits[rows], topk_ids[rows])
+        records += made.stats.records
+        assert made.stats.counters()["part"] == part
+    first, second = records
+    assert first["is_padding"] == [False] * 19
+    assert second["is_padding"] == [False] * 16 + [True] * 3
+    assert first["is_decode"] == [False] * 19
+    assert second["is_decode"][:16] == [False] * 11 + [True] * 5
+    assert second["request"][:16] == [0] * 11 + [1, 2, 3, 4, 5]
+    assert all(held == [-1] * K for held in second["experts"][16:])
+    # Each counts its own tokens: T = 19, and 16 of which 11 are of request 0.
+    tokens = (19, 16) if scope == "batch" else (19, 11)
+    for record, count in zip(records, tokens, strict=True):
+        assert record["capacity"][0] == [max(1, -(-count * K // (2 * E)))]
+
+
+def test_capacity_is_decided_on_logical_experts(tokens, monkeypatch):
+    """Eight experts in ten places: experts 0 and 1 twice. What vLLM maps has no replicas yet.
+
+    vLLM's mapping is a Triton kernel on GPUs and nothing at all on the CPU, so its rule stands
+    here: by a hash of the token to one of the replicas, -1 to -1.
+    """
+    replicas = torch.tensor([[0, 8], [1, 9]] + [[e, -1] for e in range(2, E)])
+    state = EplbLayerState()
+    for name in (
+        "expert_load_view",
+        "logical_to_physical_map",
+        "logical_replica_count",
+        "should_record_tensor",
+    ):
+        setattr(state, name, torch.zeros(1))
+    state.num_unpadded_tokens_tensors = [torch.zeros(1)]
+    logical: list[torch.Tensor] = []
+
+    def to_physical(topk_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        logical.append(topk_ids)
+        token = torch.arange(topk_ids.shape[0])[:, None]
+        count = torch.where(topk_ids < 2, 2, 1)
+        return torch.where(topk_ids < 0, -1, replicas[topk_ids.clamp(min=0), token % count])
+
+    monkeypatch.setattr(base_router, "eplb_map_to_physical_and_record", to_physical)
+    made = router(tokens, physical=E + 2, eplb_state=state)
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(1))
+    logits[:, 0] += 2.0  # a hot expert
+    topk_ids = logits.topk(K).indices
+    made._compute_routing = lambda *args, **kwargs: made.route(logits, topk_ids)
+    _, physical = made.select_experts(hidden_states=logits, router_logits=logits)
+    (record,) = made.stats.records
+    # Eight experts, not ten: ceil(0.5 * 35 * 2 / 8).
+    assert record["capacity"] == [[5]]
+    assert logical[0].tolist() == record["experts"]
+    loads = torch.bincount(physical[physical >= 0].long(), minlength=E + 2)
+    assert int(loads[0] + loads[8]) == record["load_after"][0] <= 5 + 5  # five decode tokens
+    assert loads[8] > 0 and int((physical < 0).sum()) == int((logical[0] < 0).sum()) > 0
+
+
+def test_counters_add_up_over_engines_and_parts_but_not_over_copies():
+    """Engine 0: two tensor parallel ranks counting the same; engine 1: two parts of its tokens."""
+
+    def counters(part: int, load: int) -> list[dict[str, Any]]:
+        stats = LayerStats.allocate("layer", 2, CPU, part)
+        stats.load_E += load
+        return [stats.counters()]
+
+    engines = [[counters(0, 10), counters(0, 10)], [counters(0, 100), counters(1, 1000)]]
+    assert Summary.of(layers_of(engines)).assignments == 2 * (10 + 100 + 1000)
