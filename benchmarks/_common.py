@@ -384,7 +384,7 @@ def driver() -> str:
 
 
 def revision() -> str:
-    """The commit of this repository, with + where files differ from it."""
+    """The commit of this repository, with + where files differ from it; REVISION without git."""
     root = Path(__file__).resolve().parent
     try:
         run = functools.partial(
@@ -393,7 +393,7 @@ def revision() -> str:
         commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
         changed = run(["git", "status", "--porcelain"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("REVISION") or "unknown"
     return commit + "+" * bool(changed)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+GRAPH_CALLS = 16  # at least so many in one graph, or its launch would count
 L2_TIMES = 4  # inputs that take turns touch at least this many times the L2 cache
 
 
@@ -41,9 +42,10 @@ def time_calls(
 ) -> Timing:
     """Median time of a call, the inputs of which take turns: call i uses set i.
 
-    graph: all calls in one CUDA graph, whose replays are timed: for small sizes, where the host
-    is slower than the device. What can't be captured is timed by events. By events: each call
-    between two, with the device kept busy first, so that the host is always ahead.
+    graph: all calls, again and again up to at least GRAPH_CALLS, in one CUDA graph, whose replays
+    are timed: for small sizes, where the host is slower than the device. What can't be captured is
+    timed by events. By events: each call between two, with the device kept busy first, so that the
+    host is always ahead.
     """
     for call in calls:
         call()
@@ -56,12 +58,13 @@ def time_calls(
         return Timing(statistics.median(times), "host", len(times))
     torch.cuda.synchronize()
     if graph:
-        captured = _capture(calls)
+        many = [*calls] * math.ceil(GRAPH_CALLS / len(calls))
+        captured = _capture(many)
         if captured is not None:
             per_replay = _between_events([captured.replay], 3)
             repeats = max(5, min(200, int(1e3 * seconds / max(per_replay[0], 1e-3))))
             times = _between_events([captured.replay], repeats)
-            return Timing(statistics.median(times) / len(calls), "graph", repeats * len(calls))
+            return Timing(statistics.median(times) / len(many), "graph", repeats * len(many))
     once = statistics.median(_between_events(calls, 1))
     rounds = max(1, min(100, int(1e3 * seconds / max(once, 1e-3) / len(calls))), 6 // len(calls))
     times = _between_events(calls, rounds)

@@ -118,7 +118,8 @@ def environment(contender: str) -> dict[str, str]:
 
 
 def run_child(spec: Path, contender: str, seconds: float) -> dict[str, Any]:
-    """The result of one engine, {"error": last words} where it fails or takes too long."""
+    """The result of one engine; {"error": last words} where it fails, {"late": ...} where the
+    time ran out."""
     log, result = spec.with_suffix(".log"), spec.with_suffix(".result.json")
     command = [sys.executable, __file__, "--child", str(spec)]
     limit = None if math.isinf(seconds) else max(seconds, 1.0)
@@ -133,7 +134,7 @@ def run_child(spec: Path, contender: str, seconds: float) -> dict[str, Any]:
                 check=True,
             )
         except subprocess.TimeoutExpired:
-            return {"error": f"not done in {seconds:.0f} s"}
+            return {"late": f"not done in {seconds:.0f} s"}
         except subprocess.CalledProcessError:
             text = log.read_text(errors="replace")
             print(text[-4000:], file=sys.stderr)
@@ -215,6 +216,8 @@ def main() -> None:
     # Stock's tokens, beside the CSV: whoever continues a table compares with them.
     tokens_file = args.out.with_suffix(".greedy.json")
     tokens = json.loads(tokens_file.read_text()) if tokens_file.exists() else {}
+    starts = [float(row["start_s"]) for row in table.rows if row["start_s"]]
+    needed = starts[-1] if starts else 0.0  # seconds that the last engine took to start
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             for contender in args.contenders:
@@ -224,13 +227,20 @@ def main() -> None:
                 left = deadline - time.monotonic()
                 if not todo:
                     continue
-                if left <= 0:
-                    print(f"budget of {args.budget:.0f} s used up; run again to go on")
+                if left <= needed:
+                    print(
+                        f"{max(left, 0):.0f} s of {args.budget:.0f} s left, and the last engine "
+                        f"took {needed:.0f} s to start: run again to go on"
+                    )
                     break
                 result = run_child(
                     specification(args, model, contender, Path(folder)), contender, left
                 )
+                if "late" in result:  # no error: the next run measures it
+                    print(f"{model} {contender}: {result['late']}", flush=True)
+                    break
                 failed |= "error" in result
+                needed = result.get("start_s", needed)
                 same = f"{model} {layers} {args.skew}"
                 if contender == "stock" and "error" not in result:
                     tokens[same] = result["greedy"]

@@ -15,7 +15,9 @@ times, then a row of the CSV. At the end the goals, the plots. Opponents get the
     vllm      fused_experts, its alignment included; dropped assignments go to a phantom expert.
               Its routing is topk_softmax and, alone, moe_align_block_size
 
-Columns, in milliseconds: `route_ms` logits to seats; `experts_ms` the experts from seats;
+Columns, in milliseconds: `route_ms` logits to seats, as all routing by CUDA graphs at every size,
+since a call is shorter than its launches from the host (`route_timer`: where that failed);
+`experts_ms` the experts from seats;
 `layer_ms` both in one go. `work_share`: held assignments over those of the top-k. `tflops` and
 `gbps`: of the experts, 6 * A * H * I operations and the fewest bytes (weights of experts with
 tokens, rows in and out). `x_over_ours`: the opponent's time over ours, above 1 is faster. Skew 1 is
@@ -38,12 +40,13 @@ import _common as common
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 16384)
 SKEWS = (1.0, 3.0, 7.0)
 GAMMAS = (2.0, 1.5, 1.0)
-GRAPH_TOKENS = 1024  # up to here times are of CUDA graphs
+GRAPH_TOKENS = 1024  # up to here times of experts and layers are of CUDA graphs
 OPPONENTS = ("loop", "grouped", "vllm")
 KEY = ("shape", "tokens", "skew", "mode", "gamma", "rounding")
 COLUMNS = (
     *KEY,
     *("capacity", "max_over_mean", "dropped_share", "work_share", "m_tiles", "timer"),
+    *("route_timer", "vllm_route_timer"),
     *("route_ms", "experts_ms", "layer_ms", "route_share"),
     *("tflops", "roof_share", "gbps", "copy_share"),
     *("loop_ms", "grouped_ms", "vllm_experts_ms", "vllm_route_ms", "vllm_layer_ms"),
@@ -376,7 +379,7 @@ def measure(case: Case, args: argparse.Namespace, roofs: Any) -> dict[str, Any]:
     case.gate()
     graph = point.tokens <= GRAPH_TOKENS
 
-    def timed(call: Callable[[int], Any]) -> Any:
+    def timed(call: Callable[[int], Any], graph: bool = graph) -> Any:
         calls = [functools.partial(call, r) for r in range(case.sets)]
         return time_calls(calls, case.device, graph=graph, seconds=args.seconds)
 
@@ -385,6 +388,7 @@ def measure(case: Case, args: argparse.Namespace, roofs: Any) -> dict[str, Any]:
     kept = int(case.routed[0].kept)
     busy = int((after > 0).sum())
     experts = timed(case.experts)
+    route = timed(lambda r: case.route(case.logits[r]), graph=True)
     seconds = experts.ms / 1e3
     rate, traffic = shape.flops(held) / seconds, shape.bytes(point.tokens, busy) / seconds
     row: dict[str, Any] = point.key() | {
@@ -395,7 +399,8 @@ def measure(case: Case, args: argparse.Namespace, roofs: Any) -> dict[str, Any]:
         "m_tiles": int((after + case.block_m - 1).div(case.block_m, rounding_mode="floor").sum()),
         "timer": experts.how,
         "experts_ms": experts.ms,
-        "route_ms": timed(lambda r: case.route(case.logits[r])).ms,
+        "route_timer": route.how,
+        "route_ms": route.ms,
         "layer_ms": timed(case.whole).ms,
         "tflops": rate / 1e12,
         "roof_share": rate / roofs.flops,
@@ -407,7 +412,11 @@ def measure(case: Case, args: argparse.Namespace, roofs: Any) -> dict[str, Any]:
         try:
             if comparable:
                 case.check(column, call)
-            row[column] = timed(call).ms
+            routing = column == "vllm_route_ms"
+            timing = timed(call, graph=graph or routing)
+            row[column] = timing.ms
+            if routing:
+                row["vllm_route_timer"] = timing.how
         except Exception as error:  # its own trouble, from the gate to out of memory
             print(f"opponent {column} left out of {point.key()}: {error}", file=sys.stderr)
     ours = {"vllm_route": "route_ms", "vllm_layer": "layer_ms"}

@@ -8,7 +8,8 @@ G ranks hold E / G experts each and T tokens each, as in the paper (arXiv 2503.0
 attention, expert parallel experts. Every rank routes its own tokens under its own capacity, extra
 candidates are those of the token's own rank. Then, rank after rank on this one GPU, its experts
 are timed with the tokens that it would get from all ranks; a layer takes as long as its slowest
-rank. Left out: the exchange between ranks, which a capacity makes smaller, too.
+rank. Left out: the exchange between ranks, which a capacity makes smaller, too, and the making of
+seats on the rank that receives (`make_seats`, a stable argsort in torch), on both sides.
 
 `speedup`: slowest rank without capacity over slowest rank with it. `ideal`: the same ratio of the
 largest rank loads, in assignments. `quotient`: speedup over ideal. `routed_speedup`: each side

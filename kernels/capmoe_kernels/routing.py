@@ -19,6 +19,7 @@ functions take CPU tensors.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -147,21 +148,22 @@ def route_triton(
     the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
     any launch; values of tensors are not checked, and none makes a kernel leave its tensors.
     """
-    return _route(
-        "scores_TE",
-        scores_TE,
-        "none",
-        plan,
-        topk_TK=topk_TK,
-        is_padding_T=is_padding_T,
-        is_decode_T=is_decode_T,
-        request_T=request_T,
-        num_requests=num_requests,
-        is_image_T=is_image_T,
-        device_E=device_E,
-        token_device_T=token_device_T,
-        seed=seed,
-    )
+    with _on_device_of(scores_TE):
+        return _route(
+            "scores_TE",
+            scores_TE,
+            "none",
+            plan,
+            topk_TK=topk_TK,
+            is_padding_T=is_padding_T,
+            is_decode_T=is_decode_T,
+            request_T=request_T,
+            num_requests=num_requests,
+            is_image_T=is_image_T,
+            device_E=device_E,
+            token_device_T=token_device_T,
+            seed=seed,
+        )
 
 
 def route_logits_triton(
@@ -189,21 +191,22 @@ def route_logits_triton(
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring is {scoring!r}, but it must be one of {', '.join(SCORINGS)}.")
-    return _route(
-        "logits_TE",
-        logits_TE,
-        scoring,
-        plan,
-        topk_TK=None,
-        is_padding_T=is_padding_T,
-        is_decode_T=is_decode_T,
-        request_T=request_T,
-        num_requests=num_requests,
-        is_image_T=is_image_T,
-        device_E=device_E,
-        token_device_T=token_device_T,
-        seed=seed,
-    )
+    with _on_device_of(logits_TE):
+        return _route(
+            "logits_TE",
+            logits_TE,
+            scoring,
+            plan,
+            topk_TK=None,
+            is_padding_T=is_padding_T,
+            is_decode_T=is_decode_T,
+            request_T=request_T,
+            num_requests=num_requests,
+            is_image_T=is_image_T,
+            device_E=device_E,
+            token_device_T=token_device_T,
+            seed=seed,
+        )
 
 
 def prepare_limits(plan: PlanLike, max_tokens: int, device: torch.device) -> None:
@@ -411,6 +414,13 @@ def _route(
         **_options(config.seat_warps),
     )
     return selection
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device: make it the tensor's."""
+    if getattr(tensor, "is_cuda", False):
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 def _ints(device: torch.device, *shape: int) -> Tensor:

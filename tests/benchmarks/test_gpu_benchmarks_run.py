@@ -10,6 +10,7 @@ import csv
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -93,17 +94,21 @@ def test_quick_engine_run(repo_root: Path, tmp_path: Path) -> None:
 
 
 def test_one_command(repo_root: Path, tmp_path: Path) -> None:
-    """run_gpu.sh runs its steps in order, keeps to OUT, and the tuned file is loaded again."""
+    """run_gpu.sh runs its steps in order, leaves two files, and loads the tuned file."""
     script = str(repo_root / "benchmarks" / "run_gpu.sh")
-    options = ["--quick", "--budget", "300", "--steps", "tune,tuned"]
+    options = ["--quick", "--budget", "300", "--steps", "gate,tune,tuned"]
     env = {"OUT": str(tmp_path), "PYTHON": sys.executable}
     done = run(["bash", script, *options], **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.index("== tune:") < done.stdout.index("== tuned:")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"configs", "tune.log", "tuned.log"} <= names
+    order = [done.stdout.index(f"== {step}:") for step in ("gate", "tune", "tuned")]
+    assert order == sorted(order)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.tgz", "summary.txt"}
+    assert "== gate: done" in (tmp_path / "summary.txt").read_text()
+    with tarfile.open(tmp_path / "results.tgz") as archive:
+        names = {name.removeprefix("./") for name in archive.getnames()}
+    assert {"configs", "gate.log", "tune.log", "tuned.log"} <= names
     assert any("moe_layer_tuned" in name and name.endswith(".csv") for name in names), names
-    assert list((tmp_path / "configs").glob("E=8,N=48,device_name=*.json"))
+    assert any(name.startswith("configs/E=8,N=48,device_name=") for name in names), names
     assert run(["bash", script, "--quick", "--steps", "nonsense"], **env).returncode == 2
 
 

@@ -56,7 +56,7 @@ def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
         c["load_after"] for c in theirs["counters"]
     ]
     assert difference(stock, ours) > 0.1
-    assert "dropped assignments; they are computed with weight zero" in theirs["log"]
+    assert "dropped assignments: they are computed with weight zero" in theirs["log"]
 
 
 def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:

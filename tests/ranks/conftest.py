@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,51 @@ def run_ranks(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def grouped_model(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DeepSeek-V3 with random weights and the example model's tokenizer.
+
+    It has all that matters to ranks: experts in groups, without which vLLM places none round-robin;
+    a shared expert; sequence parallel experts where attention is tensor and data parallel. Nine
+    routed experts fit no number of ranks evenly.
+    """
+    import torch
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=512,  # 512 + 64: the head size that vLLM's MLA takes
+        q_lora_rank=64,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        n_routed_experts=9,
+        n_group=3,
+        topk_group=2,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=0,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        vocab_size=32000,
+        max_position_embeddings=512,
+        initializer_range=0.15,  # of real scale: the experts' output moves the residual
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    path = tmp_path_factory.mktemp("models") / "grouped"
+    made.save_pretrained(path)
+    for file in example_model.glob("*token*"):
+        shutil.copy(file, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""gamma = inf: two ranks say what one process says, in every layout and with both executors."""
+"""gamma = inf: ranks say what one process says, in every layout and with both executors.
+
+Experts are spread unevenly over the ranks; four ranks share the two cores.
+"""
 
 from typing import Any
 
@@ -6,53 +9,65 @@ import pytest
 from clusters import DATA_PARALLEL, TENSOR_PARALLEL
 from comparing import assert_same
 
+from vllm_capmoe.integration.metrics import layers_of
+
 pytestmark = pytest.mark.engine
 
 TEXT = "The oldest bridge of the town was built where the river is narrow, "
 REQUESTS = [
-    {"prompt": TEXT * count + ending, "max_tokens": 12, "rank": None}
+    {"prompt": TEXT * count + ending, "max_tokens": 12}
     for count, ending in ((1, ""), (3, "so"), (9, ""), (2, "and then"), (5, "because"), (1, "but"))
 ]
 UNLIMITED = {"moe_capacity_mode": "expanded", "moe_capacity_factor": "inf"}
 
+MP, RAY = {"distributed_executor_backend": "mp"}, {"distributed_executor_backend": "ray"}
+ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
-    "tensor parallel": ({**TENSOR_PARALLEL, "distributed_executor_backend": "mp"}, "global"),
+    "tensor parallel, round-robin": ({**TENSOR_PARALLEL, **MP, **ROUND_ROBIN}, "global"),
     "data parallel": (DATA_PARALLEL, "local"),
-    "tensor parallel, Ray": ({**TENSOR_PARALLEL, "distributed_executor_backend": "ray"}, "global"),
-    "data parallel, Ray": (
-        {
-            **DATA_PARALLEL,
-            "data_parallel_backend": "ray",
-            "distributed_executor_backend": "ray",
-        },
-        "local",
-    ),
+    "tensor parallel, Ray": ({**TENSOR_PARALLEL, **RAY}, "global"),
+    "data parallel, Ray": ({**DATA_PARALLEL, **RAY, "data_parallel_backend": "ray"}, "local"),
+    "both, sequence parallel": ({**TENSOR_PARALLEL, **DATA_PARALLEL, **MP}, "local"),
 }
 
 
 @pytest.fixture(scope="module")
-def one_process(run_ranks) -> dict[str, Any]:
-    return run_ranks(REQUESTS, **UNLIMITED, env={"VLLM_CPU_OMP_THREADS_BIND": "auto"})
+def one_process(run_ranks, grouped_model) -> dict[str, Any]:
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    return run_ranks(REQUESTS, model=str(grouped_model), record="loads", env=env, **UNLIMITED)
+
+
+def total_loads(result: dict[str, Any]) -> dict[str, list[int]]:
+    """Layer -> assignments of each expert, over all engines and parts of their tokens."""
+    loads: dict[str, list[int]] = {}
+    for layer in layers_of(result["counters"]):
+        before = loads.get(layer["layer"], [0] * len(layer["load_after"]))
+        loads[layer["layer"]] = [a + b for a, b in zip(before, layer["load_after"], strict=True)]
+    return loads
 
 
 @pytest.mark.parametrize(("layout", "candidates"), LAYOUTS.values(), ids=LAYOUTS)
-def test_two_ranks_are_one_process_to_rounding(
-    run_ranks, one_process, layout, candidates, request: pytest.FixtureRequest
+def test_ranks_are_one_process_to_rounding(
+    run_ranks, grouped_model, one_process, layout, candidates, request: pytest.FixtureRequest
 ):
+    tensor, data = layout.get("tensor_parallel_size", 1), layout.get("data_parallel_size", 1)
     ray = "ray" in layout.values()
-    env = request.getfixturevalue("ray_cluster") if ray else {}
-    requests = REQUESTS
-    if "data_parallel_size" in layout:
-        requests = [{**r, "rank": n % 2} for n, r in enumerate(REQUESTS)]
-    ours = run_ranks(requests, record="loads", env=env, **UNLIMITED, **layout)
-    assert_same(one_process, ours)
-    assert ("RayWorkerProc" in ours["log"]) == ray
-    assert (
-        f"ranks=2, backend=torch (auto), renormalize=yes (auto), candidates={candidates} "
-        in (ours["log"])
+    env = dict(request.getfixturevalue("ray_cluster")) if ray else {}
+    if tensor * data == 4:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1|0|1"
+    requests = [{**r, "rank": n % 2 if data > 1 else None} for n, r in enumerate(REQUESTS)]
+    ours = run_ranks(
+        requests, model=str(grouped_model), record="loads", env=env, **UNLIMITED, **layout
     )
-    for engine in ours["counters"]:
-        for worker in engine:
-            assert all(sum(layer["load_after"]) > 0 for layer in worker)
+    assert_same(one_process, ours)
+    assert total_loads(ours) == total_loads(one_process)
+    log = ours["log"]
+    assert ("RayWorkerProc" in log) == ray
+    assert f"ranks={tensor * data}, backend=torch (auto)" in log
+    assert f"candidates={candidates} (auto)" in log
+    assert ("placement strategy: round_robin" in log) == ("expert_placement_strategy" in layout)
+    parts = {layer["part"] for engine in ours["counters"] for each in engine for layer in each}
+    assert parts == ({0, 1} if tensor * data == 4 else {0})
+    assert [len(engine) for engine in ours["received"]] == [tensor] * data
     for each in (worker for engine in ours["received"] for worker in engine):
         assert each, "a rank's experts were never called"

@@ -204,14 +204,18 @@ class TritonExperts(CapacityExperts):
     ) -> None:
         from capmoe_kernels.experts import fused_experts
 
+        experts = experts.to(torch.int32)  # some all-to-all backends carry int64
+        seats = router.seats_of(experts, w2.shape[0], expert_map)
         fused_experts(
             hidden_states,
             w1,
             w2,
             weights,
             experts,
-            router.seats_of(experts, w2.shape[0], expert_map),
+            seats,
             expert_map=expert_map,
+            # Without seats the rows come from several ranks, each with a limit of its own.
+            max_rows_per_expert=None if seats is None else router.most_rows(experts.shape[0]),
             w13_bias=self.w1_bias,
             w2_bias=self.w2_bias,
             out=output,
@@ -277,8 +281,10 @@ def _select(original: Function) -> Function:
             "torch": (UnquantizedMoeBackend.CPU, TorchExperts),
             "triton": (UnquantizedMoeBackend.TRITON, TritonExperts),
         }[backend]
+        batched = moe_config.moe_parallel_config.use_batched_activation_format
+        formats = mk.FusedMoEActivationFormat
         supported, reason = ours[1].is_supported_config(
-            ours[1], moe_config, None, None, mk.FusedMoEActivationFormat.Standard
+            ours[1], moe_config, None, None, formats.BatchedExperts if batched else formats.Standard
         )
         if not supported:
             raise ValueError(

@@ -189,8 +189,8 @@ def log_start(
         )
     if backend == "vllm":
         logger.warning_once(
-            "MoE capacity: vLLM's CPU kernels know no dropped assignments; they are computed with "
-            "weight zero, so outputs follow the capacity and no time is saved.",
+            "MoE capacity: vLLM's own kernels may not know dropped assignments: they are computed "
+            "with weight zero, so outputs follow the capacity and no time is saved.",
             scope="local",
         )
 

@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import (
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
-from vllm_capmoe.reference import Plan, route_torch
+from vllm_capmoe.reference import Plan, capacity, route_torch
 
 SCORING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
@@ -168,7 +168,8 @@ class CapacityRouter(BaseRouter):
         def mine(batch_T: Tensor, fill: bool | int) -> Tensor:
             """This router's rows of a batch, filled up where the batch ends before them."""
             part_T = batch_T[self.part * rows : (self.part + 1) * rows]
-            return pad(part_T, (0, rows - part_T.shape[0]), value=fill)
+            missing = rows - part_T.shape[0]
+            return pad(part_T, (0, missing), value=fill) if missing else part_T
 
         is_padding = get_forward_context().is_padding
         is_decode, request = mine(tokens.is_decode, False), mine(tokens.request, 0)
@@ -224,6 +225,22 @@ class CapacityRouter(BaseRouter):
             return seats
         offsets = seats.offsets[self.first_local : self.first_local + num_local + 1]
         return dataclasses.replace(seats, offsets=offsets)
+
+    def most_rows(self, rows: int) -> int | None:
+        """The most rows of one expert in a step of so many tokens, where the limit says it.
+
+        Generated tokens, which are never dropped, may bring more: the kernels take it for a hint.
+        """
+        plan = self.plan
+        if plan is None or plan.gamma is None or (plan.level, plan.scope) != ("expert", "batch"):
+            return None
+        return capacity(
+            rows,
+            num_experts=plan.num_experts,
+            top_k=plan.top_k,
+            gamma=plan.gamma,
+            min_capacity=plan.min_capacity,
+        )
 
     def _token_device(self, rows: int, device: torch.device) -> Tensor | None:
         if self.own_device is None:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_capmoe.integration.compat import Function, Patch
 
@@ -95,6 +97,13 @@ def patches() -> list[Patch]:
     ]
 
 
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device that doesn't make the host wait."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(values)
+    return async_tensor_h2d(values, device=device)
+
+
 def _after_v1(original: Function) -> Function:
     def _prepare_inputs(
         self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
@@ -104,11 +113,11 @@ def _after_v1(original: Function) -> Function:
         if tokens is not None:
             rows = scheduler_output.total_num_scheduled_tokens
             batch = self.input_batch
-            prompt_len = torch.from_numpy(batch.num_prompt_tokens[: batch.num_reqs].copy())
+            prompt_len = batch.num_prompt_tokens[: batch.num_reqs].copy()
             tokens.fill(
                 self.req_indices.gpu[:rows],
                 self.positions[:rows],
-                prompt_len.to(self.device, non_blocking=True),
+                _on_device(prompt_len, self.device),
             )
         return result
 
@@ -122,14 +131,14 @@ def _after_v2(original: Function) -> Function:
         batch = original(self, scheduler_output, batch_req_state, *args, **kwargs)
         tokens = getattr(self, ATTRIBUTE, None)
         if tokens is not None:
-            prompt_len = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+            prompt_len = self.req_states.prompt_len.np[batch.idx_mapping_np]
             device = batch.positions.device
             ends = batch.query_start_loc[1 : batch.num_reqs + 1].to(torch.int64)
             rows = torch.arange(batch.num_tokens, device=device)
             tokens.fill(
                 torch.searchsorted(ends, rows, right=True),
                 batch.positions[: batch.num_tokens],
-                prompt_len.to(device, non_blocking=True),
+                _on_device(prompt_len, device),
             )
         return batch
 
