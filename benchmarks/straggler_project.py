@@ -277,6 +277,7 @@ def record(model: Path, path: Path) -> int:
     prompts = [" ".join(words[start : start + 100]) for start in range(0, len(words) - 100, 50)]
     llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     (tokens,) = llm.collective_rpc(write_trace, args=(str(path.absolute()),))
+    llm.llm_engine.engine_core.shutdown()
     print(f"{path}: router logits of {tokens} tokens")
     return 0
 

@@ -9,6 +9,8 @@ import pytest
 
 QUICK = {
     "bench_experts_cpu.py": ["--quick", "--threads", "1"],
+    "straggler_ranks.py": ["--quick", "--no-plot"],
+    "straggler_project.py": ["--quick", "--no-plot"],
 }
 
 

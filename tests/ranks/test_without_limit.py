@@ -21,9 +21,8 @@ REQUESTS = [
 UNLIMITED = {"moe_capacity_mode": "expanded", "moe_capacity_factor": "inf"}
 
 MP, RAY = {"distributed_executor_backend": "mp"}, {"distributed_executor_backend": "ray"}
-ROUND_ROBIN = {"expert_placement_strategy": "round_robin"}
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
-    "tensor parallel, round-robin": ({**TENSOR_PARALLEL, **MP, **ROUND_ROBIN}, "global"),
+    "tensor parallel": ({**TENSOR_PARALLEL, **MP}, "global"),
     "data parallel": (DATA_PARALLEL, "local"),
     "tensor parallel, Ray": ({**TENSOR_PARALLEL, **RAY}, "global"),
     "data parallel, Ray": ({**DATA_PARALLEL, **RAY, "data_parallel_backend": "ray"}, "local"),
@@ -32,9 +31,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def one_process(run_ranks, grouped_model) -> dict[str, Any]:
+def one_process(run_ranks, nine_experts) -> dict[str, Any]:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
-    return run_ranks(REQUESTS, model=str(grouped_model), record="loads", env=env, **UNLIMITED)
+    return run_ranks(REQUESTS, model=str(nine_experts), record="loads", env=env, **UNLIMITED)
 
 
 def total_loads(result: dict[str, Any]) -> dict[str, list[int]]:
@@ -48,7 +47,7 @@ def total_loads(result: dict[str, Any]) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(("layout", "candidates"), LAYOUTS.values(), ids=LAYOUTS)
 def test_ranks_are_one_process_to_rounding(
-    run_ranks, grouped_model, one_process, layout, candidates, request: pytest.FixtureRequest
+    run_ranks, nine_experts, one_process, layout, candidates, request: pytest.FixtureRequest
 ):
     tensor, data = layout.get("tensor_parallel_size", 1), layout.get("data_parallel_size", 1)
     ray = "ray" in layout.values()
@@ -57,7 +56,7 @@ def test_ranks_are_one_process_to_rounding(
         env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1|0|1"
     requests = [{**r, "rank": n % 2 if data > 1 else None} for n, r in enumerate(REQUESTS)]
     ours = run_ranks(
-        requests, model=str(grouped_model), record="loads", env=env, **UNLIMITED, **layout
+        requests, model=str(nine_experts), record="loads", env=env, **UNLIMITED, **layout
     )
     assert_same(one_process, ours)
     assert total_loads(ours) == total_loads(one_process)
@@ -65,7 +64,6 @@ def test_ranks_are_one_process_to_rounding(
     assert ("RayWorkerProc" in log) == ray
     assert f"ranks={tensor * data}, backend=torch (auto)" in log
     assert f"candidates={candidates} (auto)" in log
-    assert ("placement strategy: round_robin" in log) == ("expert_placement_strategy" in layout)
     parts = {layer["part"] for engine in ours["counters"] for each in engine for layer in each}
     assert parts == ({0, 1} if tensor * data == 4 else {0})
     assert [len(engine) for engine in ours["received"]] == [tensor] * data

@@ -197,7 +197,10 @@ def log_start(
 
 def moe_capacity_counters(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
     """The counters of every layer of this worker since it started, see `LayerStats.counters`."""
-    return [layer.router.stats.counters() for layer in moe_layers(vllm_config)]
+    layers = moe_layers(vllm_config)
+    for layer in layers:
+        layer.router.tokens.begin()  # a rank without requests has had dummy runs only
+    return [layer.router.stats.counters() for layer in layers]
 
 
 def moe_capacity_record(vllm_config: "VllmConfig", on: bool, rows: bool = True) -> None:

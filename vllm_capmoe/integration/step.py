@@ -30,8 +30,8 @@ class StepTokens:
 
     is_decode: bool [max_tokens]. request: int64 [max_tokens], 0..num_requests-1.
     max_requests: the most that a step can have. num_requests: those of this step.
-    before_first_step: called once, when the first real step comes, after all dummy runs of the
-        start (the counters begin there).
+    before_first_step: called once, by `begin`: when the first real step comes or the counters are
+        first read, after all dummy runs of the start.
 
     Rows past the step's tokens hold leftovers of earlier steps; the padding mask of the forward
     context covers them. Dummy runs fill nothing: they are padding throughout, except the
@@ -57,10 +57,14 @@ class StepTokens:
         """Groups to route in scope request: on a GPU a constant, since a graph would keep it."""
         return self.max_requests if self.request.is_cuda else self.num_requests
 
-    def fill(self, request_T: Tensor, positions_T: Tensor, prompt_len_R: Tensor) -> None:
-        """Record a step of T real tokens: whose each is, its position, each request's prompt."""
+    def begin(self) -> None:
+        """The start is over: what was counted in it doesn't count."""
         while self.before_first_step:
             self.before_first_step.pop()()
+
+    def fill(self, request_T: Tensor, positions_T: Tensor, prompt_len_R: Tensor) -> None:
+        """Record a step of T real tokens: whose each is, its position, each request's prompt."""
+        self.begin()
         rows = request_T.shape[0]
         self.request[:rows] = request_T
         self.is_decode[:rows] = positions_T >= prompt_len_R[request_T]
