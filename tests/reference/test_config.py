@@ -46,7 +46,8 @@ ACCEPTED = [
 
 WORDS = ("mode", "metric", "level", "scope", "candidates", "renormalize", "priority", "backend")
 REFUSED = [
-    *[(key, value) for key in WORDS for value in ("other", "", "OFF", None, True, False, 1, 1.0)],
+    *[(key, value) for key in WORDS for value in ("other", "", "OFF", None, True, 1, 1.0)],
+    *[(key, False) for key in WORDS if key != "mode"],
     *[("factor", value) for value in (0, 0.0, -1, -0.5, -math.inf, math.nan, True, False)],
     *[("factor", value) for value in (None, "1.5", "nan", "infinity", "Inf", [1.5])],
     *[("expanded_experts", value) for value in (0, -1, 1.0, True, "none", "2", "", [1])],
@@ -66,6 +67,11 @@ def test_accepts(key: str, value: object) -> None:
     config = CapacityConfig(**{key: value})
     assert getattr(config, key) == value
     assert CapacityConfig.from_dict({key: value}) == config
+
+
+def test_the_word_off_survives_yaml() -> None:
+    """YAML 1.1 reads `mode: off` as false."""
+    assert CapacityConfig.from_dict({"mode": False}) == CapacityConfig(mode="off")
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED)
