@@ -58,6 +58,14 @@ def bind(
             has_token_device=placed.own_device is not None,
             renormalize=router.renormalize,
         )
+        weighs_input = layer.routed_experts.apply_router_weight_on_input
+        if weighs_input and (plan.width > 1 or backend == "vllm"):
+            raise ValueError(
+                f"--moe-capacity-mode is {config.mode!r}, but layer {layer.layer_name} weighs the "
+                f"experts' input, and {plan.width} experts per token by backend {backend!r} can't: "
+                "one expert per token (--moe-capacity-max-experts 1) and another backend than "
+                "'vllm' are accepted."
+            )
         stats = LayerStats.allocate(layer.layer_name, plan.num_experts, device, placed.part)
         tokens.before_first_step.append(stats.reset)
         router.bind(
