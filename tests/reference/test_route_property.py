@@ -378,6 +378,12 @@ def test_a_request_never_sees_the_others(case: Case, noise: int) -> None:
         for name in ("is_padding", "is_decode", "is_image")
         if getattr(case, name) is not None
     }
+    if moved.topk_ids is not None and "is_padding" in flip:
+        # Padding may have any top-k, -1 too: such a row can't become a real one.
+        valid = [all(0 <= expert < E for expert in row) for row in moved.topk_ids]
+        flip["is_padding"] = [
+            padding or not good for padding, good in zip(flip["is_padding"], valid, strict=True)
+        ]
     scores = [moved.scores[t] if slot else fresh[t] for t, slot in enumerate(slots)]
     before, after = run_route(case), run_route(moved.change(scores=scores, **flip))
     keep = [index for index, slot in enumerate(slots) if slot]
