@@ -298,19 +298,20 @@ def test_token_drop_keeps_the_best_and_no_seat_stays_empty(case: Case) -> None:
     held = held_rows(got)
     scores = case.tensors()["scores"].to(torch.float32).tolist()
     real, decode = masks(case)
+    last = {"uniform": None, "image-first": True, "text-first": False}[case.config["priority"]]
+
+    def bid(t: int, e: int) -> tuple[bool, bool, float]:
+        """Lower is seated first: numbers before NaN, then the modality, then the score."""
+        late = case.is_image is not None and case.is_image[t] == last
+        return (True, late, 0.0) if math.isnan(scores[t][e]) else (False, late, -scores[t][e])
+
     for e in range(case.num_experts):
         takers = [t for t in range(len(held)) if real[t] and not decode[t] and e in plain[t]]
         seated = sum(decode[t] and e in plain[t] for t in range(len(held)))
         kept = [t for t in takers if e in held[t]]
         assert len(kept) == min(len(takers), max(0, got.capacity - seated))
         for t, other in itertools.product(kept, set(takers) - set(kept)):
-            classes = (0, 0)
-            if case.is_image is not None and case.config["priority"] != "uniform":
-                last = case.config["priority"] == "image-first"
-                classes = (case.is_image[t] == last, case.is_image[other] == last)
-            assert classes[0] <= classes[1]
-            if classes[0] == classes[1] and not math.isnan(scores[other][e]):
-                assert scores[t][e] >= scores[other][e]
+            assert bid(t, e) <= bid(other, e)
 
 
 @settings(max_examples=200, **COMMON)
