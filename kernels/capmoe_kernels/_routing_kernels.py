@@ -7,7 +7,7 @@ X limits per group (1, or one per device), EP, LP, WP the powers of two at or ab
     choose_kernel   rows of scores -> candidates of each token, best first; what a row is (tags)
     limit_kernel    per bin: the limit, and the last bid that wins a seat (_routing_limits.py)
     pack_kernel     per row: who holds what, weights; loads, loads of each block of rows
-    seats_kernel    the held assignments, expert by expert and by token within an expert
+    seats_kernel    the held assignments, expert by expert and by token within an expert; counters
 
 The order in which candidates win the seats of a bin is that of one integer, the *bid*: lower is
 better, all bids of a bin are different. So the C best of a bin are those whose bid is at most the
@@ -315,14 +315,40 @@ def pack_kernel(
             tl.store(limits_ptr + at, tl.full((SHARE,), NO_LIMIT, tl.int32), mask=at < G * X)
 
 
+@triton.jit
+def add_at(pointer, value):
+    tl.store(pointer, tl.load(pointer) + value)
+
+
+@triton.jit
+def count_step(counters_ptr, before, after, kept, without, E: tl.constexpr, EP: tl.constexpr):
+    """Add a step to the counters of `routing.route_triton`: loads int32 [EP], two int64."""
+    e = tl.arange(0, EP)
+    for row in tl.static_range(2):
+        at = counters_ptr + row * E + e
+        total = tl.load(at, mask=e < E, other=0)
+        tl.store(at, total + (before if row == 0 else after), mask=e < E)
+    totals = counters_ptr + 2 * E
+    asked = tl.sum(before, 0)
+    add_at(totals, (asked > 0).to(tl.int64))
+    add_at(totals + 1, asked - kept)
+    add_at(totals + 2, tl.sum(after, 0) - kept)
+    add_at(totals + 3, without)
+    add_at(totals + 4, tl.max(before, 0))
+    add_at(totals + 5, tl.max(after, 0))
+
+
 @triton.jit(do_not_specialize=["T"])
 def seats_kernel(
     experts_ptr,  # int32 [T, W]
     counts_ptr,  # int32 [blocks, E]
     loads_ptr,  # int32 [E]
+    load_before_ptr,  # int32 [E]
+    totals_ptr,  # int64 [2], of pack_kernel
     order_ptr,  # int32 [T * W], written
     offsets_ptr,  # int32 [E + 1], written
     seat_ptr,  # int32 [T, W], written
+    counters_ptr,  # int64 [2 * E + 6], added to; or None
     T,
     E: tl.constexpr,
     EP: tl.constexpr,
@@ -341,6 +367,10 @@ def seats_kernel(
     if block == 0:
         tl.store(offsets_ptr, 0)
         tl.store(offsets_ptr + 1 + e, ends, mask=e < E)
+        if counters_ptr is not None:
+            asked = tl.load(load_before_ptr + e, mask=e < E, other=0)
+            kept, without = tl.load(totals_ptr), tl.load(totals_ptr + 1)
+            count_step(counters_ptr, asked, loads, kept, without, E, EP)
 
     before = tl.zeros((EP,), tl.int32)
     for first in range(0, block, CHUNK):

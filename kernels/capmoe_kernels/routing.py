@@ -1,13 +1,13 @@
 """Capacity-aware routing by Triton kernels: the public functions.
 
     route_triton         scores (and the model's top-k, if it isn't the plain one) -> who holds what
-    route_logits_triton  router logits of a plain top-k router -> the same, with the scores inside
+    route_logits_triton  router logits -> the same, with the scores inside
 
 Letters: T tokens (rows), E experts, k per token, m extra candidates, W places per token
 (W = k, or what Expanded Drop allows), G groups (1, or one per request), D devices, X = 1 or D.
 
 The method is that of arXiv 2503.05066 as `vllm_capmoe.reference.route_torch` has it, whose
-integers come out here bit for bit, in four launches and one that zeroes the counters (three where
+integers come out here bit for bit, in four launches and one that zeroes sums (three where
 no limit can be in effect), the number of which depends on shapes and the plan alone. Nothing is
 read back to the host and no size depends on a value, so a CUDA graph can hold a call (after one
 of the same sizes, which compiles the kernels and builds the table of limits). There is no sort of
@@ -47,6 +47,7 @@ __all__ = [
     "NO_LIMIT",
     "SCORINGS",
     "PlanLike",
+    "TOTALS",
     "RoutedSelection",
     "Seats",
     "prepare_limits",
@@ -58,6 +59,9 @@ INTERPRETED = not isinstance(_routing_kernels.choose_kernel, triton.JITFunction)
 """Whether the kernels run under Triton's interpreter, which was decided at their import."""
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+
+TOTALS = ("steps", "dropped", "expanded", "left_without", "max_before", "max_after")
+"""What the last entries of `counters` add up, see `route_triton`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +134,7 @@ def route_triton(
     device_E: Tensor | None = None,
     token_device_T: Tensor | None = None,
     seed: int = 0,
+    counters: Tensor | None = None,
 ) -> RoutedSelection:
     """Token Drop and Expanded Drop for the tokens of one step, as `route_torch` does them.
 
@@ -143,6 +148,9 @@ def route_triton(
         goes by the rows from its first to its last one. A row with another number is padding.
     device_E, token_device_T: int [E] and [T], used at level device and for local candidates.
     seed: for metric random.
+    counters: int64 [2 * E + 6] or None; the step is added to it: its loads before, its loads
+        after, then `TOTALS`: 1 if it has a real token, dropped, expanded, left_without, the
+        largest load before and after.
 
     Time is linear in T * E * (k + m). All integers equal those of `route_torch`; so do the bits of
     the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
@@ -163,6 +171,7 @@ def route_triton(
             device_E=device_E,
             token_device_T=token_device_T,
             seed=seed,
+            counters=counters,
         )
 
 
@@ -171,6 +180,7 @@ def route_logits_triton(
     plan: PlanLike,
     *,
     scoring: str,
+    topk_TK: Tensor | None = None,
     is_padding_T: Tensor | None = None,
     is_decode_T: Tensor | None = None,
     request_T: Tensor | None = None,
@@ -179,8 +189,9 @@ def route_logits_triton(
     device_E: Tensor | None = None,
     token_device_T: Tensor | None = None,
     seed: int = 0,
+    counters: Tensor | None = None,
 ) -> RoutedSelection:
-    """`route_triton` of the scores of router logits, for routers that take the plain top-k.
+    """`route_triton` of the scores of router logits, which it computes itself.
 
     scoring: "softmax" over the experts, "sigmoid", or "sqrtsoftplus", the square root of
         log(1 + exp(x)); in float32, divisions as IEEE has them. Its scores may differ from torch's
@@ -197,7 +208,7 @@ def route_logits_triton(
             logits_TE,
             scoring,
             plan,
-            topk_TK=None,
+            topk_TK=topk_TK,
             is_padding_T=is_padding_T,
             is_decode_T=is_decode_T,
             request_T=request_T,
@@ -206,6 +217,7 @@ def route_logits_triton(
             device_E=device_E,
             token_device_T=token_device_T,
             seed=seed,
+            counters=counters,
         )
 
 
@@ -236,6 +248,7 @@ def _route(
     device_E: Tensor | None,
     token_device_T: Tensor | None,
     seed: int,
+    counters: Tensor | None,
 ) -> RoutedSelection:
     """Validate, allocate, launch."""
     at_device, by_request = plan.level == "device", plan.scope == "request"
@@ -251,6 +264,9 @@ def _route(
     check_tensor("is_image_T", is_image_T, (torch.bool,), (T,), scores_TE, by_image)
     check_tensor("device_E", device_E, INTEGERS, (E,), scores_TE, at_device or local)
     check_tensor("token_device_T", token_device_T, INTEGERS, (T,), scores_TE, local)
+    check_tensor("counters", counters, (torch.int64,), (2 * E + 6,), scores_TE, False)
+    if counters is not None and not counters.is_contiguous():
+        raise ValueError(f"counters has the stride {counters.stride(0)}, but it must be 1.")
 
     G, B, X = num_requests if by_request else 1, plan.num_bins, len(plan.bin_sizes)
     K, W = plan.top_k, plan.width
@@ -265,12 +281,12 @@ def _route(
     M = plan.extra if limited else 0
     L = K + M
 
-    # What is returned, and what is counted from zero: one launch for all counters.
+    # What is returned, and what is counted from zero: one launch.
     E4, G4 = _up_to_four(E), _up_to_four(G)
-    counters = torch.zeros(2 + E4 + 2 * G4, dtype=torch.int64, device=device)
-    counters_32 = counters.view(torch.int32)
-    load_before, load_after = counters_32[4 : 4 + E], counters_32[4 + E4 : 4 + E4 + E]
-    groups = counters_32[4 + 2 * E4 :] if limited else None
+    sums = torch.zeros(2 + E4 + 2 * G4, dtype=torch.int64, device=device)
+    sums_32 = sums.view(torch.int32)
+    load_before, load_after = sums_32[4 : 4 + E], sums_32[4 + E4 : 4 + E4 + E]
+    groups = sums_32[4 + 2 * E4 :] if limited else None
     experts = _ints(device, T, W)
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
     capacity = _ints(device, G, X)
@@ -285,8 +301,8 @@ def _route(
         load_before=load_before,
         load_after=load_after,
         capacity=capacity,
-        kept=counters[0],
-        left_without=counters[1],
+        kept=sums[0],
+        left_without=sums[1],
         seats=seats,
     )
     if T == 0:
@@ -377,7 +393,7 @@ def _route(
         weights,
         counts,
         load_after,
-        counters,
+        sums,
         T,
         G,
         start,
@@ -400,9 +416,12 @@ def _route(
         experts,
         counts,
         load_after,
+        load_before,
+        sums,
         seats.order,
         seats.offsets,
         seats.seat,
+        counters,
         T,
         E=E,
         EP=EP,

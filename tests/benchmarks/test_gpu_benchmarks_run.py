@@ -121,13 +121,14 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import _common as common
 import bench_moe_layer as bench
+from _opponents import Vllm
 
 device, dtype = torch.device("cpu"), torch.bfloat16
 layers = [common.make_layer(common.TINY, device, dtype)]
 bound = []
 for mode in ("off", "drop"):
     case = bench.Case(bench.Point(common.TINY, 40, 3.0, mode, 1.0), layers, device, dtype)
-    vllm = bench.Vllm(case)
+    vllm = Vllm(case)
     assert vllm.block_m in (16, 32, 64, 128), vllm.block_m
     for name, result in (("fused_experts", None), ("topk_softmax", None), ("align", None)):
         signature = inspect.signature(getattr(vllm, name))

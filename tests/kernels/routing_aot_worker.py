@@ -92,6 +92,7 @@ CASES = {
         65536, 512, 16, {**EXPANDED, "metric": "random", "max_experts": "none"}, MASKS
     ),
     "sigmoid": Case(4096, 160, 6, EXPANDED, MASKS, scoring="sigmoid", dtype=torch.bfloat16),
+    "deepseek-v3": Case(8192, 256, 8, EXPANDED, (*MASKS, "topk_TK"), scoring="sigmoid"),
     "sqrtsoftplus": Case(64, 256, 8, DROP, MASKS, scoring="sqrtsoftplus"),
 }
 
@@ -123,6 +124,7 @@ def record(case: Case) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         dtype = torch.bool if name.startswith("is_") else torch.int64
         shape, dtype = shapes.get(name, ((T,), dtype))
         tensors[name] = torch.zeros(shape, dtype=dtype)
+    tensors["counters"] = torch.zeros(2 * E + 6, dtype=torch.int64)
     scores = torch.zeros(T, E, dtype=case.dtype)
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     kernels = {name: getattr(module, name) for name, module in MODULES.items()}

@@ -145,9 +145,15 @@ def check(scores: Tensor, plan: Plan, **tensors: Any) -> RoutedSelection:
         elif isinstance(value, Tensor) and value.dtype == torch.bool:
             bytes_ = walls.surround(value.view(torch.uint8), GARBAGE[torch.uint8])
             inside[name] = bytes_.view(torch.bool)
+    counters = torch.arange(2 * plan.num_experts + 6, device=DEVICE)
+    inside["counters"] = walls.surround(counters, GARBAGE[torch.int64])
     got = run(route_triton, inside.pop("scores"), plan, **inside)
     walls.check()
     assert_same(got, want, plan.num_experts)
+    before, after = want.load_before.tolist(), want.load_after.tolist()
+    totals = (want.dropped, want.expanded, want.left_without)
+    step = [int(max(before) > 0), *map(int, totals), max(before), max(after)]
+    assert (inside["counters"] - counters).tolist() == [*before, *after, *step]
     return got
 
 
@@ -442,8 +448,10 @@ def test_scores_of_logits(scoring: str, dtype: torch.dtype, launches: str) -> No
 
     for config in ({}, {"mode": "expanded", "metric": "random", "max_experts": "none"}):
         plan = make_plan(E, 2, **config)
-        got = run(route_logits_triton, logits, plan, scoring=scoring, seed=5)
-        assert_same(got, route_torch(scores, plan, seed=5), E)
+        for topk_TK in (None, torch.stack([torch.randperm(E)[:2] for _ in range(40)]).to(DEVICE)):
+            options = {"topk_TK": topk_TK, "seed": 5}
+            got = run(route_logits_triton, logits, plan, scoring=scoring, **options)
+            assert_same(got, route_torch(scores, plan, **options), E)
 
 
 @pytest.mark.parametrize("scoring", routing.SCORINGS)
@@ -465,15 +473,18 @@ def test_a_cuda_graph_holds_the_call() -> None:
     plan = make_plan(8, 2, mode="expanded", metric="random")
     scores = torch.rand(300, 8, device="cuda")
     padding = torch.zeros(300, dtype=torch.bool, device="cuda")
-    route_triton(scores, plan, is_padding_T=padding)
+    counters = torch.zeros(22, dtype=torch.int64, device="cuda")
+    route_triton(scores, plan, is_padding_T=padding, counters=counters)
+    counters.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = route_triton(scores, plan, is_padding_T=padding)
-    for rows in (300, 11):
+        got = route_triton(scores, plan, is_padding_T=padding, counters=counters)
+    for steps, rows in enumerate((300, 11), start=1):
         scores.copy_(torch.rand(300, 8))
         padding.copy_(torch.arange(300) >= rows)
         graph.replay()
         assert_same(got, route_torch(scores, plan, is_padding_T=padding), 8)
+        assert counters[16] == steps
 
 
 @pytest.fixture(autouse=True)

@@ -44,4 +44,4 @@ def test_kernels_compile_within_the_chip(arch: int, tmp_path: Path) -> None:
             assert set(line["divisions"]) == {"div.rn.f32"} and line["float_fma"] == 0, line
     four = ["choose_kernel", "limit_kernel", "pack_kernel", "seats_kernel"]
     assert launches.pop("mixtral-off") == [name for name in four if name != "limit_kernel"]
-    assert len(launches) == 8 and all(names == four for names in launches.values())
+    assert len(launches) == 9 and all(names == four for names in launches.values())

@@ -5,42 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
-from vllm_capmoe import CapacityConfig
 from vllm_capmoe.integration import router as router_module
-from vllm_capmoe.integration.router import CapacityRouter
-from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
-from vllm_capmoe.plan import resolve
-
-T, E, K = 37, 16, 4
-BIAS = torch.linspace(-0.2, 0.2, E)
-
-# What a model asks for, as arguments of vLLM's router factory.
-MODELS: dict[str, dict[str, Any]] = {
-    "mixtral: softmax, renormalised": {"renormalize": True},
-    "olmoe: softmax as it is": {"renormalize": False},
-    "deepseek-v2: softmax in groups, scaled": {
-        "renormalize": False,
-        "use_grouped_topk": True,
-        "num_expert_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 16.0,
-    },
-    "deepseek-v3: sigmoid in groups, biased, renormalised, scaled": {
-        "renormalize": True,
-        "use_grouped_topk": True,
-        "num_expert_group": 4,
-        "topk_group": 2,
-        "scoring_func": "sigmoid",
-        "routed_scaling_factor": 2.5,
-        "e_score_correction_bias": BIAS,
-    },
-}
-
-MIXTRAL = MODELS["mixtral: softmax, renormalised"]
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -50,54 +20,14 @@ def asked(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def tokens() -> StepTokens:
-    """A step of T prompt tokens of one request."""
-    here = StepTokens.allocate(T, 8, torch.device("cpu"))
-    here.fill(torch.zeros(T, dtype=torch.int64), torch.arange(T), torch.tensor([T]))
-    return here
+    return prompt_of_one_request()
 
 
 @pytest.fixture
 def context() -> Iterator[ForwardContext]:
-    made = ForwardContext(
-        no_compile_layers={},
-        attn_metadata={},
-        slot_mapping={},
-        is_padding=torch.zeros(T, dtype=torch.bool),
-    )
+    made = forward_context()
     with override_forward_context(made):
         yield made
-
-
-def make(asked: dict[str, Any], tokens: StepTokens, **settings: Any) -> CapacityRouter:
-    """Through the wrapped factory, as a layer of a model gets its router."""
-
-    def original(**kwargs: Any) -> CPURouter:
-        names = ("eplb_state", "num_logical_experts")
-        return CPURouter(**{k: v for k, v in kwargs.items() if k not in names})
-
-    config = CapacityConfig(**settings)
-
-    class VllmConfig:
-        additional_config = {"moe_capacity": config.to_dict()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm.config.get_current_vllm_config", lambda: VllmConfig)
-        made = router_module._make_router(original)(
-            top_k=K, global_num_experts=E, num_logical_experts=E, **asked
-        )
-    assert isinstance(made, CapacityRouter)
-    plan = resolve(config, num_experts=E, top_k=K, renormalize=made.renormalize)
-    made.bind(
-        "layer",
-        plan,
-        LayerStats.allocate("layer", E, torch.device("cpu")),
-        tokens,
-        seed=0,
-        expert_device_E=None,
-        own_device=None,
-        backend="torch",
-    )
-    return made
 
 
 def by_expert(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -137,9 +67,7 @@ def test_capacity_comes_after_the_models_choice(asked, tokens, context):
 
 
 def test_padding_and_decode_come_from_the_step(tokens, context):
-    made = make(
-        MODELS["mixtral: softmax, renormalised"], tokens, mode="drop", factor=0.01, min_capacity=1
-    )
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.01, min_capacity=1)
     context.is_padding[30:] = True
     # Request 0 is at its prompt; requests 1 to 5 generate.
     request = torch.tensor([0] * 25 + [1, 2, 3, 4, 5])
@@ -157,9 +85,7 @@ def test_padding_and_decode_come_from_the_step(tokens, context):
 
 def test_a_forward_pass_without_padding_mask_drops_nothing(tokens, context):
     """Draft models run that way; nothing is known of their tokens."""
-    made = make(
-        MODELS["mixtral: softmax, renormalised"], tokens, mode="drop", factor=0.01, min_capacity=1
-    )
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.01, min_capacity=1)
     context.is_padding = None
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
     _, topk_ids = made.inner._compute_routing(logits, logits, None)

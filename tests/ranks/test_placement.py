@@ -251,7 +251,7 @@ def test_counters_add_up_over_engines_and_parts_but_not_over_copies():
 
     def counters(part: int, load: int) -> list[dict[str, Any]]:
         stats = LayerStats.allocate("layer", 2, CPU, part)
-        stats.load_E += load
+        stats.counts[: 2 * 2] += load  # loads of two experts, before and after
         return [stats.counters()]
 
     engines = [[counters(0, 10), counters(0, 10)], [counters(0, 100), counters(1, 1000)]]

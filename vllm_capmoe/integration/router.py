@@ -4,9 +4,10 @@
     router logits [T, E] -> scores S [T, E]                            (the model's scoring)
     S, top-k ids         -> `route_torch` -> weights, experts [T, W]   (this project)
 
-The result goes on through vLLM's `BaseRouter`, which maps logical experts to the physical replicas
-of EPLB. The capacity step is one custom op, so that torch.compile sees an opaque call of known
-shape on every platform.
+On CUDA one call of `route_logits_triton` does the last two and counts the loads; where the model
+takes the plain top-k, it does the first one too. The result goes on through vLLM's `BaseRouter`,
+which maps logical experts to the physical replicas of EPLB. The capacity step is one custom op, so
+that torch.compile sees an opaque call of known shape on every platform.
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import layer as layer_module
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
@@ -30,7 +33,7 @@ from vllm.utils.torch_utils import (
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
-from vllm_capmoe.reference import Plan, capacity, route_torch
+from vllm_capmoe.reference import Plan, capacity, choose_top_k, route_torch, score_keys
 
 SCORING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
@@ -49,6 +52,7 @@ class CapacityRouter(BaseRouter):
         scoring_func: a key of `SCORING`.
         renormalize: whether the model rescales the chosen weights to sum to one.
         scale: the routed scaling factor that `inner` multiplies its weights with.
+        plain: whether `inner` chooses the experts of the highest scores, without more ado.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class CapacityRouter(BaseRouter):
         scoring_func: str,
         renormalize: bool,
         scale: float,
+        plain: bool,
     ):
         super().__init__(top_k, inner.global_num_experts, eplb_state=inner.eplb_state)
         self.inner = inner
@@ -67,6 +72,7 @@ class CapacityRouter(BaseRouter):
         self.scoring_func = scoring_func
         self.renormalize = renormalize
         self.scale = scale
+        self.plain = plain
         # Known once the whole model is there, see `bind`.
         self.layer_name: str = ""
         self.plan: Plan | None = None
@@ -74,10 +80,10 @@ class CapacityRouter(BaseRouter):
         self.tokens: StepTokens | None = None
         self.seed = 0
         self.expert_device_E: Tensor | None = None
-        self.own_device: int | None = None
+        self.token_device: Tensor | None = None
         self.part = 0
         self.fill_dropped = False
-        self.core: Callable[..., Any] = route_torch
+        self.by_kernel = False
         self.first_local: int | None = 0
         self._seats: tuple[Tensor, Any] | None = None
 
@@ -106,9 +112,9 @@ class CapacityRouter(BaseRouter):
             expert_device_E: int64 [E], which EP rank owns a logical expert; None on one rank.
             own_device: the EP rank that owns the tokens this router sees; None where all ranks
                 see all tokens.
-            backend: who computes the experts, see `checks.resolve_backend`. "triton" routes by its
-                kernel, too. "vllm" gets the token's first expert with weight 0 in unused places
-                instead of -1, since not all of its kernels know that.
+            backend: who computes the experts, see `checks.resolve_backend`. "vllm" gets the
+                token's first expert with weight 0 in unused places instead of -1, since not all
+                of its kernels know that.
             part: which part of the batch this router sees, counted in its own numbers of rows:
                 the tensor parallel rank under sequence parallelism, else 0.
             first_local: the first expert of this rank, where its experts are consecutive and the
@@ -116,14 +122,16 @@ class CapacityRouter(BaseRouter):
         """
         self.layer_name, self.plan, self.stats, self.tokens = layer_name, plan, stats, tokens
         self.seed = seed
-        self.expert_device_E, self.own_device = expert_device_E, own_device
+        self.expert_device_E = expert_device_E
+        if own_device is not None:
+            self.token_device = torch.full_like(tokens.request, own_device)
         self.fill_dropped = backend == "vllm"
         self.part = part
         self.first_local = first_local
-        if backend == "triton":
-            from capmoe_kernels.routing import prepare_limits, route_triton
+        self.by_kernel = backend == "triton" or tokens.request.is_cuda
+        if self.by_kernel:
+            from capmoe_kernels.routing import prepare_limits
 
-            self.core = route_triton
             prepare_limits(plan, tokens.is_decode.shape[0], tokens.is_decode.device)
 
     @property
@@ -144,18 +152,20 @@ class CapacityRouter(BaseRouter):
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert self.plan is not None, "a layer ran before vllm_capmoe bound it"
-        _, topk_ids = self.inner._compute_routing(
-            hidden_states, router_logits, indices_type, input_ids=input_ids
-        )
+        topk_ids = None
+        if not (self.plain and self.by_kernel) or self.fill_dropped:
+            _, topk_ids = self.inner._compute_routing(
+                hidden_states, router_logits, indices_type, input_ids=input_ids
+            )
         return torch.ops.capmoe.route(
             router_logits, topk_ids, self.plan.width, _encode_layer_name(self.layer_name)
         )
 
-    def route(self, router_logits: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """The capacity step on real tensors.
 
         Args:
-            router_logits: [T, E], any float type. topk_ids: int [T, k].
+            router_logits: [T, E], any float type. topk_ids: int [T, k]; None for the plain top-k.
 
         Returns:
             weights float32 [T, W] and experts int32 [T, W]; -1 and 0 in unused places.
@@ -163,7 +173,6 @@ class CapacityRouter(BaseRouter):
         plan, stats, tokens = self.plan, self.stats, self.tokens
         assert plan is not None and stats is not None and tokens is not None
         rows = router_logits.shape[0]
-        scores_TE = SCORING[self.scoring_func](router_logits.float())
 
         def mine(batch_T: Tensor, fill: bool | int) -> Tensor:
             """This router's rows of a batch, filled up where the batch ends before them."""
@@ -180,33 +189,44 @@ class CapacityRouter(BaseRouter):
         else:
             is_padding = mine(is_padding, True)
         per_request = plan.scope == "request"
-        selection = self.core(
-            scores_TE,
-            plan,
-            topk_TK=topk_ids,
-            is_padding_T=is_padding,
-            is_decode_T=is_decode,
-            request_T=request if per_request else None,
-            num_requests=tokens.num_groups if per_request else 1,
-            device_E=self.expert_device_E,
-            token_device_T=self._token_device(rows, scores_TE.device),
-            seed=self.seed,
-        )
-        if is_padding is not None:
-            stats.add(selection)
-            if stats.recording:
-                stats.record(
-                    selection,
-                    topk=topk_ids,
-                    is_padding=is_padding,
-                    is_decode=is_decode,
-                    request=request,
-                )
+        arguments = {
+            "topk_TK": topk_ids,
+            "is_padding_T": is_padding,
+            "is_decode_T": is_decode,
+            "request_T": request if per_request else None,
+            "num_requests": tokens.num_groups if per_request else 1,
+            "device_E": self.expert_device_E,
+            "token_device_T": None if self.token_device is None else mine(self.token_device, 0),
+            "seed": self.seed,
+        }
+        is_step = is_padding is not None
+        selection: Any
+        if self.by_kernel:
+            from capmoe_kernels.routing import route_logits_triton
+
+            counts = stats.counts if is_step else None
+            selection = route_logits_triton(
+                router_logits, plan, scoring=self.scoring_func, counters=counts, **arguments
+            )
+        else:
+            selection = route_torch(self._scores(router_logits), plan, **arguments)
+            if is_step:
+                stats.add(selection)
+        if is_step and stats.recording:
+            keys = score_keys(self._scores(router_logits))
+            stats.record(
+                selection,
+                topk=choose_top_k(keys, plan.top_k, topk_ids),
+                is_padding=is_padding,
+                is_decode=is_decode,
+                request=request,
+            )
         weights, experts = selection.weights, selection.experts
         self._seats = (experts, getattr(selection, "seats", None))
         if self.scale != 1.0:
             weights = weights * self.scale
         if self.fill_dropped:
+            assert topk_ids is not None
             experts = torch.where(experts < 0, topk_ids[:, :1].to(torch.int32), experts)
         return weights, experts
 
@@ -242,10 +262,8 @@ class CapacityRouter(BaseRouter):
             min_capacity=plan.min_capacity,
         )
 
-    def _token_device(self, rows: int, device: torch.device) -> Tensor | None:
-        if self.own_device is None:
-            return None
-        return torch.full((rows,), self.own_device, dtype=torch.int64, device=device)
+    def _scores(self, router_logits: Tensor) -> Tensor:
+        return SCORING[self.scoring_func](router_logits.float())
 
 
 def patches() -> list[Patch]:
@@ -303,6 +321,7 @@ def _make_router(original: Function) -> Function:
             renormalize=kwargs.get("renormalize", True),
             # vLLM's plain top-k router doesn't apply the factor; the others do.
             scale=kwargs.get("routed_scaling_factor", 1.0) if grouped else 1.0,
+            plain=type(inner) is FusedTopKRouter or (type(inner) is CPURouter and not grouped),
         )
 
     return create_fused_moe_router
@@ -319,18 +338,29 @@ _UNSERVED_TENSORS = ("hash_indices_table", "bias_vl")
 
 
 def route_op(
-    router_logits: torch.Tensor, topk_ids: torch.Tensor, width: int, layer_name: LayerNameType
+    router_logits: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    width: int,
+    layer_name: LayerNameType,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.ops.capmoe.route`: `CapacityRouter.route` of the named layer."""
     layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
     weights, experts = layer.router.route(router_logits, topk_ids)
-    return weights, experts.to(topk_ids.dtype)
+    return weights, experts.to(_ids_dtype(topk_ids))
 
 
 def route_fake(
-    router_logits: torch.Tensor, topk_ids: torch.Tensor, width: int, layer_name: LayerNameType
+    router_logits: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    width: int,
+    layer_name: LayerNameType,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (router_logits.shape[0], width)
     return (
         router_logits.new_empty(shape, dtype=torch.float32),
-        topk_ids.new_empty(shape),
+        router_logits.new_empty(shape, dtype=_ids_dtype(topk_ids)),
     )
+
+
+def _ids_dtype(topk_ids: torch.Tensor | None) -> torch.dtype:
+    return torch.int32 if topk_ids is None else topk_ids.dtype

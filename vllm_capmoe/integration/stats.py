@@ -23,9 +23,10 @@ MAX_RECORDS = 100_000
 class LayerStats:
     """Counters of one layer.
 
-    load_E: int64 [2, E], assignments per expert, before capacity and after.
-    totals: int64 [6], in the order of `TOTALS`; `max_before` and `max_after` add up the largest
-        load of each step, the number that a step waits for under expert parallelism.
+    counts: int64 [2 * E + 6]: assignments per expert before capacity, those after, and the totals
+        in the order of `TOTALS`; `max_before` and `max_after` add up the largest load of each step,
+        the number that a step waits for under expert parallelism. As the routing kernel adds a
+        step to it by itself.
     part: which part of the engine's tokens this worker routes: its tensor parallel rank under
         sequence parallelism; 0 where all workers of the engine route all tokens, and count alike.
     records: the routing of every step, kept only while `recording` is on (tests and traces);
@@ -33,8 +34,7 @@ class LayerStats:
     """
 
     name: str
-    load_E: Tensor
-    totals: Tensor
+    counts: Tensor
     part: int = 0
     recording: bool = False
     recording_rows: bool = True
@@ -44,33 +44,25 @@ class LayerStats:
     def allocate(
         cls, name: str, num_experts: int, device: torch.device, part: int = 0
     ) -> "LayerStats":
-        return cls(
-            name,
-            torch.zeros(2, num_experts, dtype=torch.int64, device=device),
-            torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
-            part,
-        )
+        size = 2 * num_experts + len(TOTALS)
+        return cls(name, torch.zeros(size, dtype=torch.int64, device=device), part)
 
     def reset(self) -> None:
         """Forget what was counted, in place: a captured graph goes on counting here."""
-        self.load_E.zero_()
-        self.totals.zero_()
+        self.counts.zero_()
 
     def add(self, selection: Selection) -> None:
         """Count one step."""
-        load_E = torch.stack((selection.load_before, selection.load_after))
-        self.load_E += load_E
-        before, after = load_E.amax(1).unbind()
-        self.totals += torch.stack(
-            (
-                (before > 0).to(torch.int64),  # a dummy step has no tokens
-                selection.dropped,
-                selection.expanded,
-                selection.left_without,
-                before,
-                after,
-            )
+        before, after = selection.load_before, selection.load_after
+        totals = (
+            before.amax() > 0,  # a dummy step has no tokens
+            selection.dropped,
+            selection.expanded,
+            selection.left_without,
+            before.amax(),
+            after.amax(),
         )
+        self.counts += torch.cat((before, after, torch.stack([n.long() for n in totals])))
 
     def record(self, selection: Selection, **tokens: Tensor | None) -> None:
         """Keep one step: the decision, and what `tokens` says of its rows (tensors [T, ...]).
@@ -93,7 +85,7 @@ class LayerStats:
 
     def counters(self) -> dict[str, Any]:
         """All counters as plain numbers, keys as `TOTALS`, with the loads by expert beside."""
-        before, after = self.load_E.tolist()
-        totals = dict(zip(TOTALS, self.totals.tolist(), strict=True))
-        counts = {"load_before": before, "load_after": after, **totals}
+        numbers, E = self.counts.tolist(), (self.counts.numel() - len(TOTALS)) // 2
+        totals = dict(zip(TOTALS, numbers[2 * E :], strict=True))
+        counts = {"load_before": numbers[:E], "load_after": numbers[E : 2 * E], **totals}
         return {"layer": self.name, "part": self.part, **counts}

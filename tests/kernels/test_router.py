@@ -1,0 +1,48 @@
+"""The router of a layer by the kernels against the router in plain torch, as vLLM calls both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from capmoe_kernels import routing
+
+pytest.importorskip("vllm")
+if not routing.INTERPRETED:
+    pytest.skip("the routers of these tests are on the CPU", allow_module_level=True)
+
+from routers import MODELS, E, K, T, forward_context, make, prompt_of_one_request
+from vllm.forward_context import override_forward_context
+
+from vllm_capmoe.integration import custom_ops
+
+
+@pytest.mark.parametrize("asked", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+def test_kernels_route_as_plain_torch(
+    asked: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding and generated tokens included. The kernels choose the plain top-k by themselves."""
+    custom_ops.register()
+    tokens = prompt_of_one_request()
+    request, positions = torch.tensor([0] * 25 + [1, 2]), torch.tensor([*range(25), 9, 8])
+    tokens.fill(request, positions, torch.tensor([25, 9, 8]))
+    context = forward_context()
+    assert context.is_padding is not None
+    context.is_padding[27:] = True
+    settings = {"mode": mode, "factor": 0.5, "min_capacity": 1}
+    plain, ours = (make(asked, tokens, backend, **settings) for backend in ("torch", "triton"))
+    context.no_compile_layers["layer"] = type("Layer", (), {"router": ours})()
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(1))
+    _, topk_ids = plain.inner._compute_routing(logits, logits, None)
+    if "use_grouped_topk" not in asked:
+        monkeypatch.setattr(ours.inner, "_compute_routing", None)
+    with override_forward_context(context):
+        weights, experts = plain.route(logits, topk_ids)
+        for got in (ours._compute_routing(logits, logits, None) for _ in range(2)):
+            assert got[1].dtype == torch.int32 and torch.equal(got[1], experts)
+            torch.testing.assert_close(got[0], weights, rtol=1e-6, atol=1e-7)
+    assert (experts[:25] >= 0).sum() < 25 * K and (experts[27:] == -1).all()
+    assert torch.equal(ours.stats.counts, 2 * plain.stats.counts)
