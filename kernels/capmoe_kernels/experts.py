@@ -173,8 +173,8 @@ def fused_experts(
 
     Sums are float32; what is rounded to the input dtype are the activation, each expert's weighted
     output (unless its sum is split) and the result. For one configuration the result repeats
-    bitwise. Float32 inputs are multiplied as ``config`` says: ``tf32x3`` (three TF32 products,
-    near float32), ``ieee`` or ``tf32``.
+    bitwise. Float32 inputs are multiplied as ``config`` says: ``ieee`` (the default, in float32),
+    ``tf32x3`` (three TF32 products, near float32) or ``tf32``.
 
     Raises:
         ValueError: a shape, dtype, stride, device or activation that does not fit; names both

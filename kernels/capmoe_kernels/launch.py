@@ -117,7 +117,8 @@ class GemmConfig:
     multiprocessor. split_k: parts of the sum over I (down product only). swap_ab: weights on the
     tensor core's long side. use_tma: tensor descriptors where shapes and chip allow them.
     flatten, warp_specialize: options of ``tl.range`` for the loop over tiles; Triton warp
-    specialises on Blackwell only. input_precision: products of float32 inputs, as ``tl.dot``.
+    specialises on Blackwell only. input_precision: products of float32 inputs, as ``tl.dot``: in
+    float32 (``ieee``), or by the tensor cores with less of it.
 
     Raises ValueError where a value is out of range.
     """
@@ -134,7 +135,7 @@ class GemmConfig:
     use_tma: bool = True
     flatten: bool = False
     warp_specialize: bool = False
-    input_precision: str = "tf32x3"
+    input_precision: str = "ieee"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -315,7 +316,8 @@ _OTHER: _Table = (
     _both(16, GemmConfig(16, 64, 64, 1, 4, 2, programs_per_sm=2)),
     _both(None, GemmConfig(64, 64, 32, 8, 4, 2, programs_per_sm=2)),
 )
-# float32: three tf32 products each, with their halves in registers, so small tiles.
+# float32 without tensor cores, as torch multiplies it by default: operands in registers, so small
+# tiles.
 _FLOAT32: _Table = (
     _both(16, GemmConfig(16, 64, 32, 1, 4, 3, programs_per_sm=2)),
     _both(None, GemmConfig(64, 64, 32, 8, 8, 3)),
