@@ -223,3 +223,4 @@ def test_triton_kernels_agree_with_plain_torch(run):
     assert_same(torch, triton)
     for ours, theirs in zip(torch["records"][0], triton["records"][0], strict=True):
         assert ours["experts"] == theirs["experts"]
+    assert torch["counters"] == triton["counters"]

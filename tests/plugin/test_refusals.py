@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import vllm
 from engines import VLLM, environment
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_capmoe
 from vllm_capmoe import CapacityConfig
-from vllm_capmoe.integration import checks, compat
+from vllm_capmoe.integration import checks, compat, layers
 
 vllm_capmoe.register()
 
@@ -67,6 +67,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bad value in the dict": (
         {"additional_config": {"moe_capacity": {"mode": "drop", "factor": "1.5x"}}},
         "--moe-capacity-factor is '1.5x', but it must be a number > 0 or inf",
+    ),
+    "a kernel of vLLM's, and ours": (
+        {"moe_capacity_mode": "drop", "moe_backend": "triton"},
+        "--moe-backend is 'triton', but --moe-capacity-backend 'auto' has the experts computed by "
+        "'torch': 'auto', or --moe-capacity-backend 'vllm', is accepted",
     ),
     "lora": (
         {"moe_capacity_mode": "drop", "enable_lora": True},
@@ -127,6 +132,15 @@ def test_captured_experts_are_refused(example_model):
     config.aux_output_config.enable_return_routed_experts = True
     with pytest.raises(ValueError, match="--enable-return-routed-experts is True: False is"):
         checks.check_engine(CapacityConfig(mode="drop"), config)
+
+
+def test_recording_under_cuda_graphs_is_refused(example_model):
+    config = engine_config(example_model)
+    layers.moe_capacity_record(config, True)  # no graphs on the CPU
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    with pytest.raises(ValueError, match="FULL_AND_PIECEWISE hide them: --enforce-eager is"):
+        layers.moe_capacity_record(config, True)
+    layers.moe_capacity_record(config, False)
 
 
 def test_quantised_weights_go_to_vllms_kernels(example_model):

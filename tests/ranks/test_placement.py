@@ -165,6 +165,7 @@ def router(
         scoring_func="softmax",
         renormalize=True,
         scale=1.0,
+        plain=False,
     )
     made.bind(
         "layer",

@@ -49,9 +49,14 @@ def check(model: Path, layout: dict[str, Any], redundant: int = 0, **settings: A
             r"num_redundant_experts is 3, but 8 \+ 3 experts don't fit 2 ranks evenly",
         ),
         (
-            {**DP_EP, "all2all_backend": "deepep_low_latency"},
+            {**DP_EP, "all2all_backend": "deepep_high_throughput"},
             {},
-            "'expanded', but the buffers of --all2all-backend 'deepep_low_latency' hold the 2 exp",
+            "'expanded', but the buffers of --all2all-backend 'deepep_high_throughput' hold the 2",
+        ),
+        (
+            {**DP_EP, "all2all_backend": "deepep_low_latency"},
+            {"mode": "drop"},
+            "'drop', but --all2all-backend 'deepep_low_latency' isn't known to skip dropped",
         ),
         (
             {**DP_EP, "all2all_backend": "mori_high_throughput"},
@@ -72,8 +77,8 @@ def test_refused(example_model, layout, settings, message):
         (TP_EP, {"level": "device"}),
         (DP_EP, {"candidates": "local", "level": "device"}),
         ({**DP_EP, "enable_eplb": True}, {"redundant": 2}),
-        ({**DP_EP, "all2all_backend": "deepep_low_latency"}, {"mode": "drop"}),
-        ({**DP_EP, "all2all_backend": "deepep_low_latency"}, {"max_experts": 2}),
+        ({**DP_EP, "all2all_backend": "deepep_high_throughput"}, {"mode": "drop"}),
+        ({**DP_EP, "all2all_backend": "deepep_high_throughput"}, {"max_experts": 2}),
         ({**TP_EP, "all2all_backend": "mori_high_throughput"}, {}),  # nothing goes through it
     ],
 )

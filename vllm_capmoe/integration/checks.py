@@ -86,7 +86,13 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
         check_load_balancing(config, vllm_config)
     if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
         check_all_to_all(config, parallel.all2all_backend, top_k)
-    resolve_backend(config, vllm_config)
+    backend, kernels = resolve_backend(config, vllm_config), vllm_config.kernel_config.moe_backend
+    if backend != "vllm" and kernels != "auto":
+        raise ValueError(
+            f"--moe-backend is {kernels!r}, but --moe-capacity-backend {config.backend!r} has the "
+            f"experts computed by {backend!r}: 'auto', or --moe-capacity-backend 'vllm', is "
+            "accepted."
+        )
 
 
 def check_load_balancing(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
@@ -119,8 +125,10 @@ def check_load_balancing(config: CapacityConfig, vllm_config: "VllmConfig") -> N
 # What is known of vLLM's all-to-all backends. Dropped assignments have the expert id -1; rows of
 # Expanded Drop are wider than the top-k. Only all-gather and reduce-scatter take rows of any width:
 # the others size their buffers, or take their handles, with `FusedMoEConfig.experts_per_token`.
+# Those of low latency hand out rows in batches of a fixed size per expert, which our kernels don't
+# read.
 ANY_WIDTH = ("allgather_reducescatter",)
-SKIP_DROPPED = (*ANY_WIDTH, "deepep_high_throughput", "deepep_low_latency")
+SKIP_DROPPED = (*ANY_WIDTH, "deepep_high_throughput")
 
 
 def check_all_to_all(config: CapacityConfig, backend: str, top_k: int) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
@@ -215,7 +216,16 @@ def moe_capacity_record(vllm_config: "VllmConfig", on: bool, rows: bool = True) 
     """Start or stop keeping the routing of every step; each change forgets what was kept.
 
     rows: keep what belongs to single tokens too, not only loads, capacity and digest.
+
+    Raises:
+        ValueError: steps are replayed from CUDA graphs, in which nothing reaches the host.
     """
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if on and graphs not in (None, CUDAGraphMode.NONE):
+        raise ValueError(
+            "moe_capacity_record keeps every step, but the CUDA graphs of cudagraph_mode "
+            f"{graphs.name} hide them: --enforce-eager is accepted."
+        )
     for layer in moe_layers(vllm_config):
         stats = layer.router.stats
         stats.recording, stats.recording_rows = on, rows
