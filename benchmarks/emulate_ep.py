@@ -6,16 +6,20 @@
 
 G ranks hold E / G experts each and T tokens each, as in the paper (arXiv 2503.05066): data parallel
 attention, expert parallel experts. Every rank routes its own tokens under its own capacity, extra
-candidates are those of the token's own rank. Then, rank after rank on this one GPU, its experts
-are timed with the tokens that it would get from all ranks; a layer takes as long as its slowest
-rank. Left out: the exchange between ranks, which a capacity makes smaller, too, and the making of
-seats on the rank that receives (`make_seats`, a stable argsort in torch), on both sides.
+candidates are those of the token's own rank. Then, rank after rank on this one GPU, its share of
+the layer is timed with the tokens of all ranks that have one of its experts: seats from the experts
+that came with them (`make_seats`, as in the engine), then the experts. A layer takes as long as its
+slowest rank. Left out: the exchange between ranks, which a capacity makes smaller, too; and rows
+without an expert there, which an exchange that gathers all rows on all ranks brings along in any
+mode.
 
-`speedup`: slowest rank without capacity over slowest rank with it. `ideal`: the same ratio of the
-largest rank loads, in assignments. `quotient`: speedup over ideal. `routed_speedup`: each side
-plus the routing of one rank's tokens. `paper`: the paper's speed-up of one layer on 8 H20, at an
-imbalance that it doesn't state; where `ideal` is below it, the imbalance here is smaller. Gate:
-routing equal to torch's, experts of the slowest rank within twice torch's error against float32.
+`slowest_ms`, `mean_ms`: a rank's seats and experts; `seats_ms`: the seats alone, on the slowest
+rank. `route_ms`: the routing of one rank's tokens. `speedup`: slowest rank without capacity over
+slowest rank with it. `ideal`: the same ratio of the largest rank loads, in assignments. `quotient`:
+speedup over ideal. `routed_speedup`: each side plus its routing. `paper`: the paper's speed-up of
+one layer on 8 H20, at an imbalance that it doesn't state; where `ideal` is below it, the imbalance
+here is smaller. Gate: routing equal to torch's, experts of the rank with the largest load within
+twice torch's error against float32.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ KEY = ("shape", "ranks", "tokens_per_rank", "skew", "level", "mode", "gamma")
 COLUMNS = (
     *KEY,
     *("max_over_mean", "rank_max_over_mean", "dropped_share", "work_share"),
-    *("largest_load", "slowest_rank", "slowest_ms", "mean_ms", "route_ms"),
+    *("largest_load", "slowest_rank", "slowest_ms", "mean_ms", "seats_ms", "route_ms"),
     *("speedup", "ideal", "quotient", "routed_speedup", "paper"),
 )
 
@@ -129,8 +133,6 @@ class Emulation:
 
     def route_ms(self, variant: Variant) -> float:
         """The routing of one rank's tokens, as that rank does it."""
-        from _timing import time_calls
-
         from capmoe_kernels.routing import route_triton
 
         count = self.setting.tokens
@@ -144,7 +146,7 @@ class Emulation:
             }
         scores = self.scores[:count].contiguous()
         call = functools.partial(route_triton, scores, plan, **given)
-        return time_calls([call], self.device, graph=True, seconds=self.args.seconds).ms
+        return self.time([call], True)
 
     def most_rows(self, routed: Any, variant: Variant) -> int | None:
         """What the host knows of an expert's load: the sum of the ranks' capacities, or nothing."""
@@ -153,29 +155,30 @@ class Emulation:
         total = int(routed.capacity.long().sum())
         return total if total < self.T else None
 
-    def rank_ms(self, rank: int, routed: Any, bound: int | None, *, gate: bool) -> float:
-        """The experts of one rank, with the tokens of all ranks that have one of them."""
-        from _timing import time_calls
-
-        from capmoe_kernels.experts import fused_experts, make_seats
-
+    def received(self, rank: int, routed: Any) -> tuple[Any, Any]:
+        """The tokens that have an expert of `rank`, ascending, and that rank's expert map."""
         first = rank * self.local
         mine_TW = (routed.experts >= first) & (routed.experts < first + self.local)
-        tokens = mine_TW.any(1).nonzero().squeeze(1)
+        map_E = (self.device_E != rank).int().neg()  # -1 elsewhere
+        map_E[first : first + self.local] += self.device_E.new_tensor(range(self.local))
+        return mine_TW.any(1).nonzero().squeeze(1), map_E
+
+    def rank_ms(self, rank: int, routed: Any, bound: int | None, *, gate: bool) -> float:
+        """Seats and experts of one rank, with the tokens of all ranks that have one of them."""
+        from capmoe_kernels.experts import fused_experts
+
+        tokens, map_E = self.received(rank, routed)
         if tokens.numel() == 0:
             return 0.0
         experts = routed.experts[tokens].contiguous()
         weights = routed.weights[tokens].contiguous()
-        map_E = (self.device_E != rank).int().neg()  # -1 elsewhere
-        map_E[first : first + self.local] += self.device_E.new_tensor(range(self.local))
-        seats = make_seats(experts, self.local, map_E)
         hidden = [h[tokens].contiguous() for h in self.hidden]
         out = hidden[0].new_full(hidden[0].shape, float("nan"))
 
         def call(r: int) -> Any:
             layer = self.layers[r]
-            return fused_experts(
-                *(hidden[r], layer.w13, layer.w2, weights, experts, seats),
+            return fused_experts(  # without seats: it makes them, as the engine has it do
+                *(hidden[r], layer.w13, layer.w2, weights, experts),
                 activation="silu",
                 expert_map=map_E,
                 max_rows_per_expert=bound,
@@ -187,8 +190,19 @@ class Emulation:
             common.gate_experts(
                 *(f"rank {rank}", call(0), self.layers[0], hidden[0], weights, here)
             )
-        calls = [functools.partial(call, r) for r in range(2)]
-        graph = tokens.numel() <= 1024
+        return self.time([functools.partial(call, r) for r in range(2)], tokens.numel() <= 1024)
+
+    def seats_ms(self, rank: int, routed: Any) -> float:
+        """The seats of one rank, a part of its `rank_ms`."""
+        from capmoe_kernels.seats import make_seats
+
+        tokens, map_E = self.received(rank, routed)
+        experts = routed.experts[tokens].contiguous()
+        return self.time([functools.partial(make_seats, experts, self.local, map_E)], True)
+
+    def time(self, calls: list[Any], graph: bool) -> float:
+        from _timing import time_calls
+
         return time_calls(calls, self.device, graph=graph, seconds=self.args.seconds).ms
 
     def measure(self, variant: Variant) -> dict[str, Any]:
@@ -201,6 +215,7 @@ class Emulation:
             self.rank_ms(rank, routed, bound, gate=rank == busiest)
             for rank in range(self.setting.ranks)
         ]
+        slowest = times.index(max(times))
         asked, held = int(routed.load_before.sum()), int(routed.load_after.sum())
         return {
             "max_over_mean": float(routed.load_before.max()) * routed.load_before.numel() / asked,
@@ -208,9 +223,10 @@ class Emulation:
             "dropped_share": 1 - int(routed.kept) / asked,
             "work_share": held / asked,
             "largest_load": int(load_G.max()),
-            "slowest_rank": times.index(max(times)),
+            "slowest_rank": slowest,
             "slowest_ms": max(times),
             "mean_ms": sum(times) / len(times),
+            "seats_ms": self.seats_ms(slowest, routed),
             "route_ms": self.route_ms(variant),
         }
 

@@ -9,14 +9,14 @@ I intermediate size, E experts on this rank, G experts of the layer.
 Three launches: gate/up product with the activation inside, down product with the routing weight
 inside, sum over the places. The host needs shapes only: how many tokens an expert has stays on the
 device, so a CUDA graph can hold the call. What reads which seat is told by :class:`Seats`; the
-routing kernel writes them, :func:`make_seats` makes them from the experts alone.
+routing kernel writes them, :func:`make_seats` makes them from the experts alone (seats.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import triton
@@ -36,6 +36,7 @@ from capmoe_kernels.launch import (
     choose_config,
     num_tiles_bound,
 )
+from capmoe_kernels.seats import Seats, SeatsLike, make_seats
 
 __all__ = [
     "ACTIVATIONS",
@@ -49,49 +50,6 @@ __all__ = [
 
 # Whether TRITON_INTERPRET was set when the kernels were imported: they then run on CPU tensors.
 INTERPRETED = not isinstance(kernels.gate_up_kernel, triton.runtime.JITFunction)
-
-
-class Seats(NamedTuple):
-    """Who sits where: the assignments grouped by expert, on the device.
-
-    order: int32 [A], assignment ids a = t*W + w, ascending by (expert, token); entries past
-    ``offsets[E]`` are never read. offsets: int32 [E + 1], exclusive prefix sums of the experts'
-    loads: expert e owns ``order[offsets[e]:offsets[e + 1]]``.
-
-    Example: experts = [[1, 0], [1, -1]], E = 2: order = [1, 0, 2, (any)], offsets = [0, 1, 3].
-    """
-
-    order: Tensor
-    offsets: Tensor
-
-
-class SeatsLike(Protocol):
-    """Anything with the two tensors of :class:`Seats`."""
-
-    @property
-    def order(self) -> Tensor: ...
-    @property
-    def offsets(self) -> Tensor: ...
-
-
-def make_seats(experts: Tensor, num_experts: int, expert_map: Tensor | None = None) -> Seats:
-    """Seats from the experts alone, in plain torch, without a host read.
-
-    experts: int32 or int64 [T, W], -1 = none. num_experts: E, the experts here. expert_map: int32
-    [G], global expert -> expert here, -1 = elsewhere; None: ids are those of the experts here.
-    For use without the routing kernel, which hands out seats without a sort.
-    """
-    local = experts.reshape(-1)
-    if expert_map is not None:
-        with_none = torch.cat([expert_map, expert_map.new_full((1,), -1)])
-        local = with_none[local.long()]  # the index -1 is the last entry
-    local = torch.where(local < 0, num_experts, local).long()
-    order = local.argsort(stable=True).to(torch.int32)
-    loads = torch.zeros(num_experts + 1, dtype=torch.int64, device=local.device)
-    loads.scatter_add_(0, local, torch.ones_like(local))
-    offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=local.device)
-    offsets[1:] = loads[:-1].cumsum(0)
-    return Seats(order, offsets)
 
 
 def workspace_sizes(
@@ -152,8 +110,8 @@ def fused_experts(
         w2: down projection [E, H, I]. Rows of both contiguous, other strides free.
         weights: float32 [T, W] contiguous; read only where an expert is held.
         experts: int32 [T, W] contiguous, any W; -1 = unused or dropped, costs nothing.
-        seats: the assignments by expert; None makes them by a sort. They must name exactly the
-            assignments whose expert is here.
+        seats: the assignments by expert; None has :func:`make_seats` make them, two launches more.
+            They must name exactly the assignments whose expert is here.
         activation: one of ``ACTIVATIONS`` (vLLM's names).
         expert_map: int32 [G], global expert -> expert here, -1 = not on this rank. None: the ids
             in `experts` are those of the experts here.

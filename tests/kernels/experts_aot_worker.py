@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from capmoe_kernels import experts, launch
+from capmoe_kernels import seats as seating
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NUM_SMS = {8: 108, 9: 132, 10: 148, 12: 170}
@@ -31,6 +32,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
@@ -71,6 +73,18 @@ class AheadOfTime:
             options=options,
         )
         self.records.append({"grid": list(grid), **facts(compiled, self.kernel.__name__)})
+
+
+def stand_in(
+    module: Any, names: tuple[str, ...], capability: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Put AheadOfTime in the place of the kernels `names`; returns what will hold their records."""
+    records: list[dict[str, Any]] = []
+    for name in names:
+        kernel = getattr(module, name)
+        kernel = kernel.kernel if isinstance(kernel, AheadOfTime) else kernel
+        setattr(module, name, AheadOfTime(kernel, capability, records))
+    return records
 
 
 def facts(compiled: Any, name: str) -> dict[str, Any]:
@@ -140,11 +154,8 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     acts = empty(slots, intermediate)
     split = config.down.split_k
     rows = empty(split * slots * num_hidden, of=torch.float32 if split > 1 else dtype)
-    records: list[dict[str, Any]] = []
-    for name in ("gate_up_kernel", "down_kernel", "combine_kernel"):
-        kernel = getattr(experts.kernels, name)
-        kernel = kernel.kernel if isinstance(kernel, AheadOfTime) else kernel
-        setattr(experts.kernels, name, AheadOfTime(kernel, (major, minor), records))
+    names = ("gate_up_kernel", "down_kernel", "combine_kernel")
+    records = stand_in(experts.kernels, names, (major, minor))
     experts.launch_gate_up(
         empty(tokens, num_hidden),
         empty(num_experts, wide, num_hidden),
@@ -181,9 +192,22 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     return {"config": config.to_dict(), "kernels": records}
 
 
+def compile_seats(case: dict[str, Any]) -> dict[str, Any]:
+    """Launch both kernels of make_seats, with ids and a map in types as they come."""
+    tokens, width, num_experts = case["tokens"], case["width"], case["experts"]
+    names = ("count_kernel", "place_kernel")
+    records = stand_in(seating.kernels, names, tuple(case["capability"]))
+    seating.INTERPRETED = True  # takes tensors of the CPU
+    ids = torch.zeros(tokens, width, dtype=getattr(torch, case["ids"]))
+    expert_map = torch.zeros(8 * num_experts, dtype=torch.int32) if case["mapped"] else None
+    seating.make_seats(ids, num_experts, expert_map)
+    return {"kernels": records}
+
+
 def main() -> None:
     for case in json.loads(sys.argv[1]):
-        print(json.dumps({"case": case, **compile_case(case)}), flush=True)
+        result = compile_seats(case) if "ids" in case else compile_case(case)
+        print(json.dumps({"case": case, **result}), flush=True)
 
 
 if __name__ == "__main__":

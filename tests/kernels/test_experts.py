@@ -392,19 +392,13 @@ def test_example_of_the_docstring() -> None:
     torch.testing.assert_close(result, torch.tensor([[40.5]], device=DEVICE))
 
 
-def test_make_seats() -> None:
-    seats = ours.make_seats(torch.tensor([[1, 0], [1, -1]], dtype=torch.int32), 2)
-    assert seats.order[:3].tolist() == [1, 0, 2]
-    assert seats.offsets.tolist() == [0, 1, 3]
-    assert (seats.order.dtype, seats.offsets.dtype) == (torch.int32, torch.int32)
-
-    expert_map = torch.tensor([-1, 2, 0, -1, 1], dtype=torch.int32)
-    experts = torch.stack([torch.randperm(6)[:3] - 1 for _ in range(50)])
-    order, offsets = ours.make_seats(experts, 3, expert_map)
-    for here, everywhere in ((0, 2), (1, 4), (2, 1)):
-        own = order[offsets[here] : offsets[here + 1]]
-        expected = (experts.reshape(-1) == everywhere).nonzero().squeeze(1)
-        assert torch.equal(own.long(), expected)
+@pytest.mark.parametrize("global_experts", [None, 7])
+def test_seats_are_made_where_none_are_given(global_experts: int | None) -> None:
+    case = make_case(global_experts=global_experts)
+    config = CONFIGS["descriptors"]
+    arguments = case.hidden, case.w13, case.w2, case.weights, case.experts
+    made = ours.fused_experts(*arguments, config=config, **case.options)
+    assert torch.equal(made, case.run(config))
 
 
 BIG = 2**31 + 2**12  # elements: row and expert offsets past int32

@@ -59,13 +59,21 @@ CASES = [
     _case((9, 0), 8192, {**QWEN, "hidden": 2050, "intermediate": 770}),
 ]
 
+# Seats: one expert here, few, as many as one program takes, several programs.
+SEATS = [
+    {"capability": list(capability), "tokens": 65536, "width": 8, "experts": experts, **types}
+    for capability in ((9, 0), (10, 0), (8, 0))
+    for experts in (1, 8, 16, 64, 300)
+    for types in ({"ids": "int32", "mapped": True}, {"ids": "int64", "mapped": False})
+]
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker says of each case, by the case as JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    cases = [param.values[0] for param in CASES]
+    cases = [*(param.values[0] for param in CASES), *SEATS]
     done = subprocess.run(
         [sys.executable, WORKER, json.dumps(cases)],
         env=environment,
@@ -125,3 +133,14 @@ def test_gate_and_up_share_one_instruction(shape: dict[str, int], compiled: dict
     case = _case((9, 0), 8192, shape).values[0]
     gate_up = compiled[json.dumps(case)]["kernels"][0]
     assert gate_up["wgmma"] == ["m64n256k16"]
+
+
+@pytest.mark.parametrize("case", SEATS, ids=lambda case: "-".join(map(str, case.values())))
+def test_seats_compiled(case: dict[str, Any], compiled: dict[str, Any]) -> None:
+    kernels = compiled[json.dumps(case)]["kernels"]
+    assert [k["kernel"] for k in kernels] == ["count_kernel", "place_kernel"]
+    for kernel in kernels:
+        assert (kernel["stack"], kernel["local"]) == (0, 0), "spilled registers"
+        # Four programs at least on a multiprocessor: they hide each other's waits.
+        assert 4 * kernel["registers"] * 32 * kernel["num_warps"] <= REGISTERS_PER_SM
+        assert kernel["shared"] <= 4096
