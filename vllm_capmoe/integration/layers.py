@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_ex
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration import checks
+from vllm_capmoe.integration import checks, phantom
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
@@ -69,6 +69,7 @@ def bind(
             )
         stats = LayerStats.allocate(layer.layer_name, plan.num_experts, device, placed.part)
         tokens.before_first_step.append(stats.reset)
+        phantom_expert = phantom.install(layer, device) if backend == "vllm" else None
         router.bind(
             layer.layer_name,
             plan,
@@ -78,9 +79,12 @@ def bind(
             expert_device_E=torch.tensor(placed.expert_device, device=device),
             own_device=placed.own_device,
             backend=backend,
+            phantom=phantom_expert,
             part=placed.part,
             first_local=placed.first_local,
         )
+        if backend == "vllm":
+            log_dropped(layer, skipped=phantom_expert is not None)
         if index == 0:
             log_start(config, plan, backend, len(layers), placed.ranks)
     if not layers:
@@ -196,10 +200,19 @@ def log_start(
             "needs several ranks (--enable-expert-parallel). Here it only bounds the work.",
             scope="local",
         )
-    if backend == "vllm":
+
+
+def log_dropped(layer: MoERunner, *, skipped: bool) -> None:
+    """Say what vLLM's own kernel does with dropped assignments, once for each kernel."""
+    method = layer.routed_experts.quant_method
+    kernel = type(method if method.moe_kernel is None else method.moe_kernel.fused_experts).__name__
+    if skipped:
+        logger.info_once("MoE capacity: %s skips dropped assignments.", kernel, scope="local")
+    else:
         logger.warning_once(
-            "MoE capacity: vLLM's own kernels may not know dropped assignments: they are computed "
-            "with weight zero, so outputs follow the capacity and no time is saved.",
+            "MoE capacity: %s isn't known to skip dropped assignments: they are computed with "
+            "weight zero, so outputs follow the capacity and no time is saved.",
+            kernel,
             scope="local",
         )
 

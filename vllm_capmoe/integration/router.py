@@ -31,6 +31,7 @@ from vllm.utils.torch_utils import (
 )
 
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.phantom import fill_unused
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.reference import Plan, capacity, choose_top_k, route_torch, score_keys
@@ -82,7 +83,8 @@ class CapacityRouter(BaseRouter):
         self.expert_device_E: Tensor | None = None
         self.token_device: Tensor | None = None
         self.part = 0
-        self.fill_dropped = False
+        self.fills_unused = False
+        self.phantom: int | None = None
         self.by_kernel = False
         self.first_local: int | None = 0
         self._seats: tuple[Tensor, Any] | None = None
@@ -98,6 +100,7 @@ class CapacityRouter(BaseRouter):
         expert_device_E: Tensor | None,
         own_device: int | None,
         backend: str,
+        phantom: int | None = None,
         part: int = 0,
         first_local: int | None = 0,
     ) -> None:
@@ -112,9 +115,9 @@ class CapacityRouter(BaseRouter):
             expert_device_E: int64 [E], which EP rank owns a logical expert; None on one rank.
             own_device: the EP rank that owns the tokens this router sees; None where all ranks
                 see all tokens.
-            backend: who computes the experts, see `checks.resolve_backend`. "vllm" gets the
-                token's first expert with weight 0 in unused places instead of -1, since not all
-                of its kernels know that.
+            backend: who computes the experts, see `checks.resolve_backend`.
+            phantom: what the kernels of backend "vllm" get as expert of unused places, instead of
+                -1, which not all of them know; None: experts with weight 0. See `phantom`.
             part: which part of the batch this router sees, counted in its own numbers of rows:
                 the tensor parallel rank under sequence parallelism, else 0.
             first_local: the first expert of this rank, where its experts are consecutive and the
@@ -125,7 +128,8 @@ class CapacityRouter(BaseRouter):
         self.expert_device_E = expert_device_E
         if own_device is not None:
             self.token_device = torch.full_like(tokens.request, own_device)
-        self.fill_dropped = backend == "vllm"
+        self.phantom = phantom
+        self.fills_unused = backend == "vllm" and phantom is None
         self.part = part
         self.first_local = first_local
         self.by_kernel = backend == "triton" or tokens.request.is_cuda
@@ -153,7 +157,7 @@ class CapacityRouter(BaseRouter):
     ) -> tuple[Tensor, Tensor]:
         assert self.plan is not None, "a layer ran before vllm_capmoe bound it"
         topk_ids = None
-        if not (self.plain and self.by_kernel) or self.fill_dropped:
+        if not (self.plain and self.by_kernel):
             _, topk_ids = self.inner._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
@@ -225,10 +229,14 @@ class CapacityRouter(BaseRouter):
         self._seats = (experts, getattr(selection, "seats", None))
         if self.scale != 1.0:
             weights = weights * self.scale
-        if self.fill_dropped:
-            assert topk_ids is not None
-            experts = torch.where(experts < 0, topk_ids[:, :1].to(torch.int32), experts)
+        if self.fills_unused:
+            experts = fill_unused(experts, router_logits)
         return weights, experts
+
+    def _apply_eplb_mapping(self, topk_ids: Tensor) -> Tensor:
+        """Logical experts to replicas, as vLLM does; then unused places to the phantom expert."""
+        ids = super()._apply_eplb_mapping(topk_ids)
+        return ids if self.phantom is None else ids.masked_fill(ids < 0, self.phantom)
 
     def seats_of(self, experts: Tensor, num_local: int, expert_map: Tensor | None) -> Any:
         """The seats that the routing kernel handed out with `experts`, or None if there are none.

@@ -1,0 +1,137 @@
+"""Dropped assignments under vLLM's own kernels: a phantom expert, or weight zero."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
+from vllm.forward_context import override_forward_context
+from vllm.model_executor.layers import fused_moe
+from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+    MoEPrepareAndFinalizeNoDPEPModular,
+)
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm_capmoe.integration import phantom
+
+CPU = torch.device("cpu")
+
+
+class OurTritonExperts(TritonExperts):
+    """What a subclass does is not known."""
+
+
+def layer(
+    experts: type = TritonExperts,
+    prepare: type = MoEPrepareAndFinalizeNoDPEPModular,
+    ranks: int = 1,
+    strategy: Any = "linear",
+    total: int = E,
+) -> Any:
+    """A layer with vLLM's own `RoutedExperts`, as far as its map and its kernel go."""
+    routed = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(routed)
+    count, expert_map, _ = determine_expert_map(ranks, ranks - 1, total, strategy)
+    routed.register_buffer("_expert_map", expert_map, persistent=False)
+    routed.global_num_experts, routed.local_num_experts = total, count
+    parts = {"fused_experts": experts, "prepare_finalize": prepare}
+    kernel = SimpleNamespace(**{name: kind.__new__(kind) for name, kind in parts.items()})
+    routed.quant_method = SimpleNamespace(moe_kernel=kernel)
+    return SimpleNamespace(routed_experts=routed)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+def test_the_phantom_is_one_more_expert_that_lives_nowhere(ranks, strategy):
+    made = layer(ranks=ranks, strategy=strategy)
+    routed = made.routed_experts
+    before = routed.expert_map
+    assert phantom.install(made, CPU) == E
+    assert routed.global_num_experts == E + 1
+    expected = torch.arange(E, dtype=torch.int32) if before is None else before
+    assert routed.expert_map.tolist() == [*expected.tolist(), -1]
+    assert routed.expert_map.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        layer(experts=OurTritonExperts),
+        layer(experts=CPUUnquantizedExperts),
+        layer(prepare=object),
+        layer(total=992),
+    ],
+    ids=["subclass", "kernel without map", "another all-to-all", "too many for the alignment"],
+)
+def test_no_phantom_where_it_is_not_known_to_be_skipped(made):
+    before = made.routed_experts.expert_map
+    assert phantom.install(made, CPU) is None
+    assert made.routed_experts.expert_map is before
+    assert made.routed_experts.global_num_experts in (E, 992)
+
+
+def test_no_phantom_for_a_method_without_a_modular_kernel():
+    made = layer()
+    made.routed_experts.quant_method.moe_kernel = None
+    assert phantom.install(made, CPU) is None
+
+
+def test_all_named_classes_are_vllms():
+    folder = Path(fused_moe.__file__).parent
+    sources = "\n".join(path.read_text() for path in folder.rglob("*.py"))
+    classes = set(re.findall(r"^class (\w+)", sources, re.MULTILINE))
+    assert classes >= phantom.SKIPPING | phantom.PREPARING
+
+
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+def test_the_router_sends_unused_places_to_the_phantom(mode):
+    with override_forward_context(forward_context()):
+        made = make(MIXTRAL, prompt_of_one_request(), mode=mode, factor=0.5, min_capacity=1)
+        logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0))
+        weights, experts = made.route(logits, made.inner._compute_routing(logits, logits, None)[1])
+        made.phantom = E
+        ids = made._apply_eplb_mapping(experts)
+    assert ids.dtype == experts.dtype and (experts < 0).any()
+    assert torch.equal(ids, torch.where(experts < 0, E, experts).to(ids.dtype))
+
+
+@pytest.mark.parametrize("asked", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mode", ["drop", "expanded"])
+def test_without_a_phantom_a_row_holds_distinct_experts_with_weight_zero(asked, mode):
+    settings = {"mode": mode, "factor": 0.5, "min_capacity": 1}
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0))
+    logits[3] = torch.nan
+    logits[4] = -torch.inf
+    logits[5, 2:] = torch.inf
+    with override_forward_context(forward_context()):
+        plain, filled = (
+            make(asked, prompt_of_one_request(), backend, **settings)
+            for backend in ("torch", "vllm")
+        )
+        _, topk_ids = plain.inner._compute_routing(logits, logits, None)
+        weights, experts = plain.route(logits, topk_ids)
+        more_weights, more = filled.route(logits, topk_ids)
+    assert torch.equal(more_weights.nan_to_num(9), weights.nan_to_num(9))
+    assert torch.equal(more.masked_fill(experts < 0, -1), experts)
+    assert (experts < 0).any() and (more_weights[experts < 0] == 0).all()
+    for row in more.tolist():
+        assert len(set(row)) == len(row) >= K and set(row) <= set(range(E))
+
+
+def test_vllms_triton_experts_skip_the_phantom():
+    """Their real code, interpreted, with poisoned workspaces."""
+    script = Path(__file__).with_name("vllm_triton_experts.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
