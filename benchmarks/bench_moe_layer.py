@@ -134,7 +134,7 @@ class Case:
 
         from capmoe_kernels.experts import chip_of, fused_experts, workspace_sizes
         from capmoe_kernels.launch import choose_config
-        from capmoe_kernels.routing import route_logits_triton
+        from capmoe_kernels.routing import TOTALS, route_logits_triton
 
         self.point, self.layers, self.device, self.dtype = point, layers, device, dtype
         shape, T = point.shape, point.tokens
@@ -180,7 +180,7 @@ class Case:
             scoring="softmax",
             is_padding_T=none,
             is_decode_T=none,
-            counters=torch.zeros(2 * shape.experts + 6, dtype=torch.int64, device=device),
+            counters=torch.zeros(2 * shape.experts + len(TOTALS), dtype=torch.int64, device=device),
         )
         self.routed = [self.route(logits) for logits in self.logits]
         sizes = workspace_sizes(

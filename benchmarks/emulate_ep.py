@@ -94,8 +94,8 @@ class Emulation:
         self.T = setting.tokens * G
         self.device_E = torch.arange(shape.experts, device=device, dtype=torch.int32) // self.local
         self.owner_T = torch.arange(self.T, device=device, dtype=torch.int32) // setting.tokens
-        logits = common.router_logits(self.T, shape, setting.skew, device, torch.bfloat16)
-        self.scores = logits.float().softmax(-1)
+        self.logits = common.router_logits(self.T, shape, setting.skew, device, torch.bfloat16)
+        self.scores = self.logits.float().softmax(-1)
         self.layers = [common.make_layer(shape, device, self.dtype, self.local) for _ in range(2)]
         self.hidden = [
             torch.randn(self.T, shape.hidden, device=device, dtype=self.dtype) for _ in range(2)
@@ -132,20 +132,28 @@ class Emulation:
         return routed
 
     def route_ms(self, variant: Variant) -> float:
-        """The routing of one rank's tokens, as that rank does it."""
-        from capmoe_kernels.routing import route_triton
+        """The routing of one rank's tokens, by the call that the engine makes there."""
+        import torch
 
-        count = self.setting.tokens
+        from capmoe_kernels.routing import TOTALS, route_logits_triton
+
+        count, device = self.setting.tokens, self.logits.device
+        none = torch.zeros(count, dtype=torch.bool, device=device)
+        counters = 2 * self.setting.shape.experts + len(TOTALS)
         plan = self.plan(variant)
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {
+            "scoring": "softmax",
+            "is_padding_T": none,
+            "is_decode_T": none,
+            "counters": torch.zeros(counters, dtype=torch.int64, device=device),
+        }
         if variant.mode != "off":
-            given = {
+            given |= {
                 "request_T": self.owner_T[:count] * 0,
                 "device_E": self.device_E,
                 "token_device_T": self.owner_T[:count],
             }
-        scores = self.scores[:count].contiguous()
-        call = functools.partial(route_triton, scores, plan, **given)
+        call = functools.partial(route_logits_triton, self.logits[:count], plan, **given)
         return self.time([call], True)
 
     def most_rows(self, routed: Any, variant: Variant) -> int | None:

@@ -41,6 +41,7 @@ from capmoe_kernels._routing_launch import (
     limit_table,
     power_of_two,
 )
+from capmoe_kernels.launch import ceil_div
 
 __all__ = [
     "INTERPRETED",
@@ -264,7 +265,7 @@ def _route(
     check_tensor("is_image_T", is_image_T, (torch.bool,), (T,), scores_TE, by_image)
     check_tensor("device_E", device_E, INTEGERS, (E,), scores_TE, at_device or local)
     check_tensor("token_device_T", token_device_T, INTEGERS, (T,), scores_TE, local)
-    check_tensor("counters", counters, (torch.int64,), (2 * E + 6,), scores_TE, False)
+    check_tensor("counters", counters, (torch.int64,), (2 * E + len(TOTALS),), scores_TE, False)
     if counters is not None and not counters.is_contiguous():
         raise ValueError(f"counters has the stride {counters.stride(0)}, but it must be 1.")
 
@@ -284,9 +285,9 @@ def _route(
     # What is returned, and what is counted from zero: one launch.
     E4, G4 = _up_to_four(E), _up_to_four(G)
     sums = torch.zeros(2 + E4 + 2 * G4, dtype=torch.int64, device=device)
-    sums_32 = sums.view(torch.int32)
+    totals, sums_32 = sums[:2], sums.view(torch.int32)
     load_before, load_after = sums_32[4 : 4 + E], sums_32[4 + E4 : 4 + E4 + E]
-    groups = sums_32[4 + 2 * E4 :] if limited else None
+    groups = sums_32[4 + 2 * E4 :][: 4 * G] if limited else None
     experts = _ints(device, T, W)
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
     capacity = _ints(device, G, X)
@@ -301,8 +302,8 @@ def _route(
         load_before=load_before,
         load_after=load_after,
         capacity=capacity,
-        kept=sums[0],
-        left_without=sums[1],
+        kept=totals[0],
+        left_without=totals[1],
         seats=seats,
     )
     if T == 0:
@@ -312,7 +313,7 @@ def _route(
 
     config = launch_config(T, E, L)
     EP, LP, WP = max(power_of_two(E), 2), power_of_two(L), power_of_two(W)
-    blocks = _ceil_div(T, config.rows)
+    blocks = ceil_div(T, config.rows)
     tags = _ints(device, T)
     candidates = _ints(device, L, T)
     candidate_scores = torch.empty((L, T), dtype=torch.float32, device=device)
@@ -328,7 +329,7 @@ def _route(
 
     scores_TE = _rows(scores_TE)
     topk_TK = None if topk_TK is None else _rows(_ids(topk_TK))
-    _routing_kernels.choose_kernel[(_ceil_div(T, config.choose_rows),)](
+    _routing_kernels.choose_kernel[(ceil_div(T, config.choose_rows),)](
         scores_TE,
         scores_TE.stride(0),
         topk_TK,
@@ -393,7 +394,7 @@ def _route(
         weights,
         counts,
         load_after,
-        sums,
+        totals,
         T,
         G,
         start,
@@ -417,7 +418,7 @@ def _route(
         counts,
         load_after,
         load_before,
-        sums,
+        totals,
         seats.order,
         seats.offsets,
         seats.seat,
@@ -455,13 +456,9 @@ def _options(warps: int) -> dict[str, int]:
     return {"num_warps": warps, "maxnreg": min(255, 2048 // warps)}
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _up_to_four(size: int) -> int:
     """The next multiple of four: int32 arrays that start there are aligned to 16 bytes."""
-    return _ceil_div(size, 4) * 4
+    return ceil_div(size, 4) * 4
 
 
 def _rows(tensor: Tensor) -> Tensor:

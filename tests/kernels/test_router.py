@@ -16,7 +16,7 @@ if not routing.INTERPRETED:
 from routers import MODELS, E, K, T, forward_context, make, prompt_of_one_request
 from vllm.forward_context import override_forward_context
 
-from vllm_capmoe.integration import custom_ops
+from vllm_capmoe.integration import custom_ops, stats
 
 
 @pytest.mark.parametrize("asked", MODELS.values(), ids=MODELS)
@@ -46,3 +46,7 @@ def test_kernels_route_as_plain_torch(
             torch.testing.assert_close(got[0], weights, rtol=1e-6, atol=1e-7)
     assert (experts[:25] >= 0).sum() < 25 * K and (experts[27:] == -1).all()
     assert torch.equal(ours.stats.counts, 2 * plain.stats.counts)
+
+
+def test_the_totals_are_in_one_order() -> None:
+    assert stats.TOTALS == routing.TOTALS

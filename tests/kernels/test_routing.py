@@ -448,7 +448,8 @@ def test_scores_of_logits(scoring: str, dtype: torch.dtype, launches: str) -> No
 
     for config in ({}, {"mode": "expanded", "metric": "random", "max_experts": "none"}):
         plan = make_plan(E, 2, **config)
-        for topk_TK in (None, torch.stack([torch.randperm(E)[:2] for _ in range(40)]).to(DEVICE)):
+        others = torch.rand(40, E, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :2]
+        for topk_TK in (None, others.to(DEVICE)):
             options = {"topk_TK": topk_TK, "seed": 5}
             got = run(route_logits_triton, logits, plan, scoring=scoring, **options)
             assert_same(got, route_torch(scores, plan, **options), E)
@@ -474,17 +475,25 @@ def test_a_cuda_graph_holds_the_call() -> None:
     scores = torch.rand(300, 8, device="cuda")
     padding = torch.zeros(300, dtype=torch.bool, device="cuda")
     counters = torch.zeros(22, dtype=torch.int64, device="cuda")
-    route_triton(scores, plan, is_padding_T=padding, counters=counters)
+
+    def call() -> tuple[RoutedSelection, RoutedSelection]:
+        options = {"is_padding_T": padding, "counters": counters}
+        by_logits = route_logits_triton(scores, plan, scoring="sigmoid", **options)
+        return route_triton(scores, plan, **options), by_logits
+
+    call()
     counters.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = route_triton(scores, plan, is_padding_T=padding, counters=counters)
+        got, by_logits = call()
     for steps, rows in enumerate((300, 11), start=1):
         scores.copy_(torch.rand(300, 8))
         padding.copy_(torch.arange(300) >= rows)
         graph.replay()
         assert_same(got, route_torch(scores, plan, is_padding_T=padding), 8)
-        assert counters[16] == steps
+        assert counters[16] == 2 * steps
+        again = route_logits_triton(scores, plan, scoring="sigmoid", is_padding_T=padding)
+        assert torch.equal(by_logits.experts, again.experts)
 
 
 @pytest.fixture(autouse=True)

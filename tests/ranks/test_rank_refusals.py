@@ -56,7 +56,7 @@ def check(model: Path, layout: dict[str, Any], redundant: int = 0, **settings: A
         (
             {**DP_EP, "all2all_backend": "deepep_low_latency"},
             {"mode": "drop"},
-            "'drop', but --all2all-backend 'deepep_low_latency' isn't known to skip dropped",
+            "'drop', but --all2all-backend 'deepep_low_latency' hands out rows in batches of a fix",
         ),
         (
             {**DP_EP, "all2all_backend": "mori_high_throughput"},

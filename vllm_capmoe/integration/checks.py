@@ -126,13 +126,20 @@ def check_load_balancing(config: CapacityConfig, vllm_config: "VllmConfig") -> N
 # Expanded Drop are wider than the top-k. Only all-gather and reduce-scatter take rows of any width:
 # the others size their buffers, or take their handles, with `FusedMoEConfig.experts_per_token`.
 # Those of low latency hand out rows in batches of a fixed size per expert, which our kernels don't
-# read.
+# read, and which dropped assignments at weight zero could overflow.
 ANY_WIDTH = ("allgather_reducescatter",)
 SKIP_DROPPED = (*ANY_WIDTH, "deepep_high_throughput")
+BATCHES = ("deepep_low_latency", "nixl_ep")
 
 
 def check_all_to_all(config: CapacityConfig, backend: str, top_k: int) -> None:
     """Refuse an all-to-all backend whose buffers can't hold what a mode sends through them."""
+    accepted = ", ".join(map(repr, SKIP_DROPPED))
+    if backend in BATCHES:
+        raise ValueError(
+            f"--moe-capacity-mode is {config.mode!r}, but --all2all-backend {backend!r} hands out "
+            f"rows in batches of a fixed size for each expert: {accepted} are accepted."
+        )
     if config.mode == "expanded" and config.max_experts != top_k and backend not in ANY_WIDTH:
         raise ValueError(
             f"--moe-capacity-mode is 'expanded', but the buffers of --all2all-backend {backend!r} "
@@ -142,7 +149,7 @@ def check_all_to_all(config: CapacityConfig, backend: str, top_k: int) -> None:
     if backend not in SKIP_DROPPED:
         raise ValueError(
             f"--moe-capacity-mode is {config.mode!r}, but --all2all-backend {backend!r} isn't "
-            f"known to skip dropped assignments: {', '.join(map(repr, SKIP_DROPPED))} are accepted."
+            f"known to skip dropped assignments: {accepted} are accepted."
         )
 
 

@@ -281,10 +281,8 @@ def _select(original: Function) -> Function:
             "torch": (UnquantizedMoeBackend.CPU, TorchExperts),
             "triton": (UnquantizedMoeBackend.TRITON, TritonExperts),
         }[backend]
-        batched = moe_config.moe_parallel_config.use_batched_activation_format
-        formats = mk.FusedMoEActivationFormat
         supported, reason = ours[1].is_supported_config(
-            ours[1], moe_config, None, None, formats.BatchedExperts if batched else formats.Standard
+            ours[1], moe_config, None, None, mk.FusedMoEActivationFormat.Standard
         )
         if not supported:
             raise ValueError(

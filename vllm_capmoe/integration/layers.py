@@ -67,9 +67,18 @@ def bind(
                 "one expert per token (--moe-capacity-max-experts 1) and another backend than "
                 "'vllm' are accepted."
             )
+        phantom_expert = None
+        if backend == "vllm":
+            phantom_expert = phantom.install(layer, device)
+            if phantom_expert is None and plan.width > plan.top_k:
+                raise ValueError(
+                    f"--moe-capacity-mode is 'expanded' with {plan.width} experts per token, but "
+                    f"{kernel_name(layer)} isn't known to skip unused ones and would compute them "
+                    f"all: --moe-capacity-max-experts {plan.top_k} is accepted."
+                )
+            log_dropped(layer, skipped=phantom_expert is not None)
         stats = LayerStats.allocate(layer.layer_name, plan.num_experts, device, placed.part)
         tokens.before_first_step.append(stats.reset)
-        phantom_expert = phantom.install(layer, device) if backend == "vllm" else None
         router.bind(
             layer.layer_name,
             plan,
@@ -83,8 +92,6 @@ def bind(
             part=placed.part,
             first_local=placed.first_local,
         )
-        if backend == "vllm":
-            log_dropped(layer, skipped=phantom_expert is not None)
         if index == 0:
             log_start(config, plan, backend, len(layers), placed.ranks)
     if not layers:
@@ -202,10 +209,15 @@ def log_start(
         )
 
 
+def kernel_name(layer: MoERunner) -> str:
+    """The class by which vLLM computes the layer's experts."""
+    method = layer.routed_experts.quant_method
+    return type(method if method.moe_kernel is None else method.moe_kernel.fused_experts).__name__
+
+
 def log_dropped(layer: MoERunner, *, skipped: bool) -> None:
     """Say what vLLM's own kernel does with dropped assignments, once for each kernel."""
-    method = layer.routed_experts.quant_method
-    kernel = type(method if method.moe_kernel is None else method.moe_kernel.fused_experts).__name__
+    kernel = kernel_name(layer)
     if skipped:
         logger.info_once("MoE capacity: %s skips dropped assignments.", kernel, scope="local")
     else:

@@ -2,6 +2,7 @@
 
 Kernels that know expert maps skip what is mapped to -1, as they do on every rank for experts of the
 others. So a layer gets a map with one more entry, -1, and dropped assignments the id of that entry.
+(vLLM's Triton experts have a shorter way for very few tokens, which they don't take with a map.)
 Other kernels get weight zero instead, on experts that the token doesn't hold: some take the
 experts of a row to be distinct.
 """
@@ -10,21 +11,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm.utils import import_utils
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
+GPT_OSS = {"OAITritonExperts", "UnfusedOAITritonExperts"}
 # Kernels of vLLM 0.32 and 0.33 that leave out a place of id E in a row whose other places count, as
 # their code reads; by exact type, since a subclass may sum up otherwise.
 SKIPPING = {
     "DeepGemmExperts",
     "DeepGemmFP4Experts",
     "MarlinExperts",
-    "OAITritonExperts",
     "TritonExperts",
     "TritonOrDeepGemmExperts",
     "TritonWNA16Experts",
-    "UnfusedOAITritonExperts",
+    *GPT_OSS,
 }
 # What hands rows to them and counts no experts: no all-to-all, or all-gather.
 PREPARING = {"MoEPrepareAndFinalizeNaiveDPEPModular", "MoEPrepareAndFinalizeNoDPEPModular"}
@@ -41,6 +43,9 @@ def install(layer: "MoERunner", device: torch.device) -> int | None:
     experts, kernel = layer.routed_experts, layer.routed_experts.quant_method.moe_kernel
     if kernel is None or not _from_vllm(kernel.fused_experts, SKIPPING):
         return None
+    gpt_oss = _from_vllm(kernel.fused_experts, GPT_OSS)
+    if gpt_oss and import_utils.get_triton_kernels_version() == "3.8":
+        return None  # computes -1 as expert 0, with weight zero
     if not _from_vllm(kernel.prepare_finalize, PREPARING):
         return None
     total, known = experts.global_num_experts, experts.expert_map  # physical experts
@@ -57,11 +62,13 @@ def install(layer: "MoERunner", device: torch.device) -> int | None:
     return total
 
 
-def fill_unused(experts_TW: Tensor, logits_TE: Tensor) -> Tensor:
+def fill_unused(
+    experts_TW: Tensor, logits_TE: Tensor, is_padding_T: Tensor | None = None
+) -> Tensor:
     """Experts in the unused places (-1) too: the best of those that the token doesn't hold.
 
     experts_TW: int [T, W], W <= E, distinct but for -1, which stands to the right.
-    logits_TE: float [T, E].
+    logits_TE: float [T, E]. is_padding_T: bool [T], rows that stay as they are.
     """
     T, E = logits_TE.shape
     W = experts_TW.shape[1]
@@ -73,6 +80,8 @@ def fill_unused(experts_TW: Tensor, logits_TE: Tensor) -> Tensor:
     free_TW = rank_TE.masked_fill(held_TE[:, :E], -torch.inf).topk(W).indices
     places = torch.arange(W, device=unused.device) - (~unused).sum(1, keepdim=True)
     filler_TW = free_TW.gather(1, places.clamp(min=0)).to(experts_TW.dtype)
+    if is_padding_T is not None:
+        unused = unused & ~is_padding_T[:, None]
     return torch.where(unused, filler_TW, experts_TW)
 
 

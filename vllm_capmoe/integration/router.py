@@ -86,6 +86,7 @@ class CapacityRouter(BaseRouter):
         self.fills_unused = False
         self.phantom: int | None = None
         self.by_kernel = False
+        self.keeps_seats = False
         self.first_local: int | None = 0
         self._seats: tuple[Tensor, Any] | None = None
 
@@ -133,6 +134,7 @@ class CapacityRouter(BaseRouter):
         self.part = part
         self.first_local = first_local
         self.by_kernel = backend == "triton" or tokens.request.is_cuda
+        self.keeps_seats = backend == "triton" and first_local is not None
         if self.by_kernel:
             from capmoe_kernels.routing import prepare_limits
 
@@ -226,11 +228,14 @@ class CapacityRouter(BaseRouter):
                 request=request,
             )
         weights, experts = selection.weights, selection.experts
-        self._seats = (experts, getattr(selection, "seats", None))
+        if self.keeps_seats:
+            self._seats = (experts, selection.seats)
         if self.scale != 1.0:
             weights = weights * self.scale
         if self.fills_unused:
-            experts = fill_unused(experts, router_logits)
+            # On CUDA vLLM's own routers leave padding at -1, too.
+            skipped = is_padding if self.by_kernel else None
+            experts = fill_unused(experts, router_logits, skipped)
         return weights, experts
 
     def _apply_eplb_mapping(self, topk_ids: Tensor) -> Tensor:
@@ -244,7 +249,7 @@ class CapacityRouter(BaseRouter):
         There are none for rows that vLLM gathered from other ranks or mapped to replicas, and
         where this rank's experts are not consecutive. num_local: experts of this rank.
         """
-        if self._seats is None or self._seats[1] is None or self.first_local is None:
+        if self._seats is None or self.first_local is None:
             return None
         (held, seats), self._seats = self._seats, None
         if held.data_ptr() != experts.data_ptr() or held.shape != experts.shape:
