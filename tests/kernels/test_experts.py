@@ -325,6 +325,15 @@ def test_configuration_by_heuristics() -> None:
     assert_as_good_as_torch(case, case.run(max_rows_per_expert=6))
 
 
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_launch_options_of_the_tuner(flatten: bool, pdl: bool) -> None:
+    """The interpreter knows neither; on a GPU they order loads and launches anew."""
+    case = make_case(40, 3, 4, 48, 40)
+    config = dataclasses.replace(_config(flatten=flatten), pdl=pdl)
+    assert_as_good_as_torch(case, case.run(config))
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_repeats_bitwise(config: str) -> None:
     case = make_case(12, 3, 4, 40, 24)
