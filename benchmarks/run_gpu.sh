@@ -130,7 +130,7 @@ few=( # for the memory checker, and for --quick
   "$experts::test_lopsided_routing[one-row-swapped]"
   "$experts::test_lopsided_routing[all-to-one-descriptors]"
   "$experts::test_configuration_by_heuristics"
-  "$seats::test_random_cases[0]"
+  "$seats::test_random_cases[shipped-0]"
 )
 
 for index in "${!wanted[@]}"; do
