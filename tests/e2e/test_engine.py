@@ -57,6 +57,9 @@ def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     ]
     assert difference(stock, ours) > 0.1
     assert "dropped assignments: they are computed with weight zero" in theirs["log"]
+    wide = {"moe_capacity_max_experts": "none", "moe_capacity_backend": "vllm"}
+    with pytest.raises(AssertionError, match="4 experts per token, but .* isn't known to skip"):
+        run([PROMPTS], **settings, **wide)
 
 
 def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:
