@@ -20,8 +20,9 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def server(mode, example_model, tmp_path_factory) -> Iterator:
-
-    arguments = ["--moe-capacity-mode", mode, "--moe-capacity-factor", "1.0"]
+    # What is asked twice must be computed twice: a cached prefix leaves fewer tokens to compete.
+    arguments = ["--no-enable-prefix-caching"]
+    arguments += ["--moe-capacity-mode", mode, "--moe-capacity-factor", "1.0"]
     if mode == "drop":
         arguments.append("--enforce-eager")  # expanded runs compiled, vLLM's default
     folder = tmp_path_factory.mktemp(mode)
@@ -76,9 +77,10 @@ def test_metrics_count_what_was_dropped(server, client, model_name, mode):
     while True:
         after = server.metrics()
         grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
-        if grown.get(f"vllm:moe_capacity_assignments_total{label}"):
+        # Not assignments: the first that are published may be an earlier request's last ones.
+        if grown.get(f"vllm:moe_capacity_dropped_assignments_total{label}"):
             break
-        assert time.monotonic() < deadline, f"no series grew: {after}"
+        assert time.monotonic() < deadline, f"nothing dropped: {after}"
         time.sleep(0.5)
 
     def series(name: str, labels: str = label) -> float:
@@ -88,8 +90,7 @@ def test_metrics_count_what_was_dropped(server, client, model_name, mode):
         labels = f'{{model_name="{model_name}",when="{when}"}}'
         return series("peak_load", labels) / series("mean_load", labels)
 
-    assert series("dropped_assignments") > 0
     assert (series("expanded_assignments") > 0) == (mode == "expanded")
-    assert series("dropped_assignments") < series("assignments")
+    assert 0 < series("dropped_assignments") < series("assignments")
     assert imbalance("before") > imbalance("after") >= 1.0
     assert "MoE capacity: assignments" in server.text()
