@@ -101,7 +101,12 @@ def test_batch_invariance_refuses_scope_batch(example_model, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ValueError, match="--moe-capacity-scope is 'batch'.*VLLM_BATCH_INVARIANT=1"):
         engine_config(example_model, moe_capacity_mode="drop")
-    checks.check_environment(CapacityConfig(mode="drop", scope="request"))
+    settings = {"moe_capacity_mode": "drop", "moe_capacity_scope": "request"}
+    with pytest.raises(
+        ValueError, match="backend is 'auto'.*VLLM_BATCH_INVARIANT=1.*'vllm' is acc"
+    ):
+        engine_config(example_model, **settings)
+    engine_config(example_model, **settings, moe_capacity_backend="vllm")
 
 
 def test_a_hidden_padding_mask_is_refused(example_model, monkeypatch):
@@ -180,15 +185,15 @@ def same(original: compat.Function) -> compat.Function:
 
 def test_a_seam_that_is_gone_is_named():
     with pytest.raises(compat.IncompatibleVLLMError, match=r"has no .*Moved\.gone"):
-        compat.apply(compat.Patch(Moved, "gone", same, ()))
+        compat.apply(lambda: [compat.Patch(Moved, "gone", same, ())])
 
 
 def test_a_seam_that_takes_something_else_is_named_and_nothing_is_patched():
     before = Moved.method
     with pytest.raises(compat.IncompatibleVLLMError, match=r"takes .*'other'.*without \['this'\]"):
         compat.apply(
-            compat.Patch(Moved, "method", lambda original: print, ("other",)),
-            compat.Patch(Moved, "method", same, ("this",)),
+            lambda: [compat.Patch(Moved, "method", lambda original: print, ("other",))],
+            lambda: [compat.Patch(Moved, "method", same, ("this",))],
         )
     assert Moved.method is before
 
@@ -220,6 +225,7 @@ print("a mode is served")
             "vllm.engine.arg_utils",
             "module.EngineArgs.from_cli_args = classmethod(lambda cls, namespace: None)",
         ),
+        ("vllm.engine.arg_utils", "del module.AsyncEngineArgs"),
     ],
 )
 def test_a_vllm_with_another_seam_serves_off_and_refuses_a_mode(example_model, module, change):

@@ -4,30 +4,15 @@ Workspaces and output start as NaN. What vLLM has as CUDA code, the alignment of
 over places, is in plain torch here, after `csrc/libtorch_stable/moe/moe_align_sum_kernels.cu`.
 """
 
-# ruff: noqa: E402 (vLLM looks at the environment and at Triton's backends when it is imported)
+# isort: off
+import interpreted_vllm  # noqa: F401 (first)
+# isort: on
 
-import os
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
-import triton.backends
-from torch import Tensor
-
-
-class Driver:
-    """vLLM asks whether a backend has a driver before it imports Triton."""
-
-    class driver:
-        @staticmethod
-        def is_active() -> bool:
-            return True
-
-
-triton.backends.backends.setdefault("cpu", Driver)
-
 import vllm._custom_ops as ops
+from torch import Tensor
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG

@@ -24,6 +24,6 @@ def register() -> None:
     from vllm_capmoe.integration import compat, engine_args, worker
 
     try:
-        compat.apply(*engine_args.patches(), *worker.patches())
+        compat.apply(engine_args.patches, worker.patches)
     except compat.IncompatibleVLLMError as error:
         engine_args.refuse_modes(error)

@@ -20,7 +20,8 @@ def check_environment(config: CapacityConfig) -> None:
     if envs.VLLM_BATCH_INVARIANT and config.scope == "batch":
         raise ValueError(
             "--moe-capacity-scope is 'batch', where who shares a batch decides what is dropped, "
-            "but VLLM_BATCH_INVARIANT=1 asks for the contrary: 'request' is accepted with it."
+            "but VLLM_BATCH_INVARIANT=1 asks for the contrary: 'request' is accepted with it, and "
+            "--moe-capacity-backend 'vllm'."
         )
     if not envs.VLLM_MOE_SKIP_PADDING:
         raise ValueError(
@@ -55,6 +56,8 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
     Raises:
         ValueError: with one sentence that says what and why.
     """
+    import vllm.envs as envs
+
     mode = f"--moe-capacity-mode is {config.mode!r}, but"
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if not model.is_moe:
@@ -92,6 +95,12 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
             f"--moe-backend is {kernels!r}, but --moe-capacity-backend {config.backend!r} has the "
             f"experts computed by {backend!r}: 'auto', or --moe-capacity-backend 'vllm', is "
             "accepted."
+        )
+    if backend != "vllm" and envs.VLLM_BATCH_INVARIANT:
+        raise ValueError(
+            f"--moe-capacity-backend is {config.backend!r}, but VLLM_BATCH_INVARIANT=1 needs "
+            f"results that don't depend on the size of a step, as those of {backend!r} may: 'vllm' "
+            "is accepted with it."
         )
 
 

@@ -88,12 +88,18 @@ class Patch:
         return kind, function
 
 
-def apply(*patches: Patch) -> None:
+def apply(*sources: Callable[[], list[Patch]]) -> None:
     """Make the replacements, each at most once: all of them, or none and an error.
+
+    sources: functions that import the owners of their patches, and return the patches.
 
     Raises:
         IncompatibleVLLMError: one of them doesn't fit this vLLM.
     """
+    try:
+        patches = [patch for source in sources for patch in source()]
+    except ImportError as error:
+        raise IncompatibleVLLMError(f"vLLM {vllm_version()}: {error}: {_ADVICE}") from error
     for patch, (kind, function) in [(patch, patch.original()) for patch in patches]:
         if getattr(function, _MARK, False):
             continue

@@ -53,7 +53,7 @@ def refuse_modes(error: compat.IncompatibleVLLMError) -> None:
 
         return create_engine_config
 
-    compat.apply(Patch(EngineArgs, "create_engine_config", refuse, ("self",)))
+    compat.apply(lambda: [Patch(EngineArgs, "create_engine_config", refuse, ("self",))])
 
 
 def capacity_config(additional_config: Any) -> CapacityConfig:
@@ -161,7 +161,7 @@ def _validate(original: Function) -> Function:
         checks.isolate_requests(config, self)
         vllm_config = original(self, *args, **kwargs)
         checks.check_engine(config, vllm_config)
-        metrics.install()
+        compat.apply(metrics.patches)
         return vllm_config
 
     return create_engine_config

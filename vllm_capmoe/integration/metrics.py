@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_capmoe.integration import compat
 from vllm_capmoe.integration.compat import Function, Patch
 
 _HELP = {
@@ -114,15 +113,15 @@ class Series:
 _series: dict[str, Series] = {}
 
 
-def install() -> None:
-    """Publish with every periodic log of the front end.
+def patches() -> list[Patch]:
+    """What publishes with every periodic log of the front end.
 
-    Patch: vllm.v1.engine.async_llm.AsyncLLM.do_log_stats. It can go once workers can add to
-    vLLM's SchedulerStats.
+    vllm.v1.engine.async_llm.AsyncLLM.do_log_stats. It can go once workers can add to vLLM's
+    SchedulerStats.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    compat.apply(Patch(AsyncLLM, "do_log_stats", _publish_too, ("self",)))
+    return [Patch(AsyncLLM, "do_log_stats", _publish_too, ("self",))]
 
 
 def _publish_too(original: Function) -> Function:

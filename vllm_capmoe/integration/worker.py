@@ -56,7 +56,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
 
     vllm_config = worker.vllm_config
     custom_ops.register()
-    compat.apply(*router.patches(), *experts.patches(), *step.patches())
+    compat.apply(router.patches, experts.patches, step.patches)
 
     load_model = worker.load_model
 
