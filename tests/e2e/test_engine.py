@@ -48,7 +48,14 @@ def test_without_a_limit_is_stock_vllm_to_rounding(run, stock, mode):
 
 def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     """Also: a small gamma changes what the model says, whoever computes it."""
-    settings = {"moe_capacity_mode": "expanded", "moe_capacity_factor": 0.5}
+    # Per request: prompts that begin alike would tie across requests, and the last bit of either
+    # kernel's sums would decide.
+    settings = {
+        "moe_capacity_mode": "expanded",
+        "moe_capacity_factor": 0.5,
+        "moe_capacity_scope": "request",
+        "moe_capacity_min_capacity": 1,
+    }
     ours = run([PROMPTS], **settings)
     theirs = run([PROMPTS], **settings, moe_capacity_backend="vllm")
     assert_same(ours, theirs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import vllm
-from engines import VLLM, environment
+from engines import VLLM, environment, free_port
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -276,7 +276,7 @@ def test_the_process_ends_before_weights_are_loaded(
 ):
     model = {"moe": example_model, "dense": dense_model}[which]
     done = subprocess.run(
-        [VLLM, "serve", str(model), *arguments],
+        [VLLM, "serve", str(model), "--port", str(free_port()), *arguments],
         env=environment(),
         capture_output=True,
         text=True,

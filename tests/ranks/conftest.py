@@ -1,5 +1,6 @@
 """Engines of two ranks for the tests, each in a process of its own, on the test platform."""
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -124,8 +125,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             time.sleep(0.2)
         yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **token}
     finally:
-        # Politely it would drain the node first, for up to 30 s.
-        for each in psutil.Process(process.pid).children(recursive=True):
-            each.kill()
+        # Politely it would drain the node first, for up to 30 s. Some end with others of them.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
         process.kill()
         process.wait(30)

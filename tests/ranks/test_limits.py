@@ -67,7 +67,8 @@ def test_tensor_parallel_ranks_decide_alike(tensor_parallel):
         theirs = by_layer(other)[layer]
         digests = [step["digest"] for step in steps]
         assert digests == [step["digest"] for step in theirs]
-        assert len(digests) >= 200 and len(set(digests)) >= 100
+        # What repeats is decoding; how much of it depends on when which request came in.
+        assert len(digests) >= 200 and len(set(digests)) >= 50
         assert sum(step["load_before"] != step["load_after"] for step in steps) >= 10
 
 
@@ -99,11 +100,13 @@ def test_the_load_of_a_device_stays_within_its_limit(tensor_parallel):
 @pytest.fixture(scope="module")
 def data_parallel(run_ranks) -> dict[str, Any]:
     """Rank 0 has a lot to do; rank 1 a little, and is done early."""
-    requests = [
+    busy = [
         {"prompt": TEXT * (3 + n), "max_tokens": 20 + 4 * n, "ignore_eos": True, "rank": 0}
         for n in range(10)
     ]
-    requests += [{"prompt": TEXT * 8, "max_tokens": 6, "ignore_eos": True, "rank": 1}] * 4
+    idle = [{"prompt": TEXT * 8, "max_tokens": 6, "ignore_eos": True, "rank": 1}] * 4
+    # Alternately, so that both ranks have prompts from the first steps on.
+    requests = [each for pair in zip(busy, idle, strict=False) for each in pair] + busy[4:]
     return run_ranks(
         requests,
         record="rows",

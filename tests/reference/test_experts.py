@@ -143,20 +143,23 @@ def compute(path: str, case: dict[str, Any], **options: Any) -> Tensor:
     return result
 
 
-def check(path: str, case: dict[str, Any], **options: Any) -> Tensor:
-    ours = compute(path, case, **options)
-    exact = reference(case, torch.float32, **options)
-    dtype = case["hidden_TH"].dtype
-    assert ours.dtype == dtype and ours.shape == case["hidden_TH"].shape
-    assert not ours.isnan().any()
+def check(path: str, *cases: dict[str, Any], **options: Any) -> None:
+    """Hold ours to twice torch's own error, over all the cases together."""
+    errors, torch_errors = [], []
+    for case in cases:
+        ours = compute(path, case, **options)
+        exact = reference(case, torch.float32, **options)
+        dtype = case["hidden_TH"].dtype
+        assert ours.dtype == dtype and ours.shape == case["hidden_TH"].shape
+        assert not ours.isnan().any()
+        errors.append((ours.float() - exact).abs().flatten())
+        torch_errors.append((reference(case, dtype, **options) - exact).abs().flatten())
+    error, torch_error = torch.cat(errors), torch.cat(torch_errors)
     # In float32 torch's own error is 0 by this definition: allow rounding of sums of 100 terms.
     slack = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}[dtype]
-    torch_error = (reference(case, dtype, **options) - exact).abs()
-    error = (ours.float() - exact).abs()
     if error.numel():
         assert error.max() <= 2 * torch_error.max() + slack, (error.max(), torch_error.max())
         assert error.mean() <= 2 * torch_error.mean() + slack
-    return ours
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -198,8 +201,10 @@ def test_float32_biases_serve_bfloat16_weights() -> None:
     [(1, 8, 8, 1), (1, 64, 32, 4), (2, 7, 5, 3), (3, 1, 1, 2), (33, 17, 31, 4), (101, 33, 65, 9)],
 )
 def test_sizes(tokens: int, hidden: int, intermediate: int, experts: int, path: str) -> None:
-    case = make_case(tokens, hidden, intermediate, experts, k=min(2, experts))
-    check(path, case, activation="silu")
+    """Few outputs are too small a sample of errors: there several seeds count together."""
+    seeds = range(1 if tokens > 3 else 16)
+    size = (tokens, hidden, intermediate, experts)
+    check(path, *(make_case(*size, k=min(2, experts), seed=s) for s in seeds), activation="silu")
 
 
 @pytest.mark.parametrize("path", PATHS)

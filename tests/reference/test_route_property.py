@@ -38,7 +38,8 @@ from routing_cases import (
 
 from vllm_capmoe import CapacityConfig, route
 
-# The same examples on every run and machine; no deadline, since CI's cores are slow.
+# The same examples wherever the same modules are loaded (Hypothesis takes constants from
+# them); no deadline, since CI's cores are slow.
 COMMON: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
