@@ -1,0 +1,52 @@
+"""The Triton kernels on two ranks, interpreted: what each gets of the seats, and the numbers.
+
+Drop, per request: what is dropped doesn't depend on who shares a step, so that ranks with torch's
+experts in one process are the measure for every layout.
+"""
+
+from typing import Any
+
+import pytest
+from clusters import DATA_PARALLEL, TENSOR_PARALLEL
+from comparing import assert_same
+
+from vllm_capmoe.integration.metrics import Summary, layers_of
+
+pytestmark = pytest.mark.engine
+
+TEXT = "The oldest bridge of the town was built where the river is narrow, "
+REQUESTS = [{"prompt": TEXT * n + "and", "max_tokens": 3} for n in (1, 2, 1)]
+LIMITED = {
+    "moe_capacity_mode": "drop",
+    "moe_capacity_factor": 0.5,
+    "moe_capacity_scope": "request",
+    "moe_capacity_min_capacity": 1,
+    "enable_prefix_caching": None,  # off by the scope
+}
+
+
+@pytest.fixture(scope="module")
+def plain(run_ranks, nine_experts) -> dict[str, Any]:
+    """One process, plain torch."""
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    return run_ranks(REQUESTS, model=str(nine_experts), record="loads", env=env, **LIMITED)
+
+
+@pytest.mark.parametrize("layout", [TENSOR_PARALLEL, DATA_PARALLEL], ids=["tensor", "data"])
+def test_ranks_agree_with_plain_torch(run_ranks, nine_experts, plain, layout):
+    """Nine experts: five here, four there. Data parallel ranks get each other's rows, no seats."""
+    data = "data_parallel_size" in layout
+    ours = run_ranks(
+        [{**r, "rank": n % 2 if data else None} for n, r in enumerate(REQUESTS)],
+        model=str(nine_experts),
+        record="loads",
+        env={"TRITON_INTERPRET": "1"},
+        moe_capacity_backend="triton",
+        **LIMITED,
+        **layout,
+    )
+    assert "backend=triton, " in ours["log"] and "ranks=2" in ours["log"]
+    assert_same(plain, ours)
+    counted, expected = (Summary.of(layers_of(each["counters"])) for each in (ours, plain))
+    assert (counted.assignments, counted.dropped) == (expected.assignments, expected.dropped)
+    assert counted.dropped > 0
