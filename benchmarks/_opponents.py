@@ -139,7 +139,6 @@ def _torch() -> Any:
 
 def opponents(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[int], Any], bool]]:
     """Column, call, and whether its result is the layer's output by our routing."""
-    dropless = case.plan.mode == "off"
     if {"loop", "grouped"} & set(names):
         sets = [Sorted(case, r) for r in range(case.sets)]
         if "loop" in names:
@@ -153,9 +152,10 @@ def opponents(case: Case, names: list[str]) -> Iterator[tuple[str, Callable[[int
             print(f"opponent vllm left out of {case.point.key()}: {error}", file=sys.stderr)
             return
         yield "vllm_experts_ms", vllm.experts, True
-        if dropless:
+        # Also where ours has a limit: what its routing may cost is vLLM's without one.
+        yield "vllm_route_ms", vllm.route, False
+        if case.plan.mode == "off":
             yield "vllm_layer_ms", vllm.whole, False
-            yield "vllm_route_ms", vllm.route, False
 
 
 def usable_opponents(args: argparse.Namespace, device: Any) -> list[str]:

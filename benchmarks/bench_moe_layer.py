@@ -13,7 +13,8 @@ times, then a row of the CSV. At the end the goals, the plots. Opponents get the
               before the time starts
     grouped   torch._grouped_mm, rows sorted before the time starts
     vllm      fused_experts, its alignment included; dropped assignments go to a phantom expert.
-              Its routing is topk_softmax and, alone, moe_align_block_size
+              Its routing is topk_softmax and, alone, moe_align_block_size: the plain top-k of the
+              same logits, beside our routing with a limit, too
 
 Columns, in milliseconds: `route_ms` logits to seats and counters, the call that the engine makes;
 as all routing by CUDA graphs at every size, since a call is shorter than its launches from the

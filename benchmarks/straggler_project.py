@@ -37,10 +37,10 @@ from _common import (
     SHAPES,
     TINY,
     Shape,
+    header,
     make_layer,
     make_plan,
     output_folder,
-    revision,
     router_logits,
     today,
 )
@@ -285,10 +285,10 @@ def record(model: Path, path: Path) -> int:
 # --- Results -----------------------------------------------------------------------------------
 
 
-def write(rows: list[dict[str, Any]], notes: list[str], path: Path) -> None:
+def write(rows: list[dict[str, Any]], head: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.writelines(f"# {note}\n" for note in notes)
+        file.writelines(f"{line}\n" for line in head)
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         for row in rows:
@@ -344,11 +344,11 @@ def main() -> int:
     torch.set_num_threads(1)
     source = f"trace {args.trace.name}" if args.trace else f"{args.tokens} tokens per rank"
     notes = [
-        f"date {today()}, torch {torch.__version__}, revision {revision()}",
         "measured: milliseconds of one expert on one CPU core, bfloat16, best of "
         f"{args.repeats}; see the lines below",
         f"projected: all columns, by the slowest rank's experts; routed: {source}",
     ]
+    head = header(None, notes)
     rows = []
     for name in args.shapes:
         shape = TINY if name == "tiny" else SHAPES[name]
@@ -356,8 +356,9 @@ def main() -> int:
             shape = replace(shape, experts=torch.load(args.trace, weights_only=True)[0].shape[1])
         curve, ratio = measure_curve(shape, args.repeats)
         points = ", ".join(f"{n}: {ms:.4g}" for n, ms in zip(curve.at, curve.ms, strict=True))
-        notes.append(f"measured, {name}: {points}; three experts over the sum of them {ratio:.2f}")
-        print(notes[-1], flush=True)
+        note = f"measured, {name}: {points}; three experts over the sum of them {ratio:.2f}"
+        print(note, flush=True)
+        head.append(f"# {note}")
         if not args.quick and abs(ratio - 1) > ADDITIVE:
             print(
                 f"gate failed: {name}: experts' times don't add up ({ratio:.2f})", file=sys.stderr
@@ -366,7 +367,7 @@ def main() -> int:
         rows += project(shape, curve, args)
     quick = "-quick" * args.quick
     path = args.out or output_folder() / f"{today()}-straggler_project-cpu{quick}.csv"
-    write(rows, notes, path)
+    write(rows, head, path)
     if not args.no_plot:
         plot(rows, path.with_suffix(".png"))
     for row in rows:

@@ -305,33 +305,23 @@ def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
 # --- Results -----------------------------------------------------------------------------------
 
 
-def write(rows: list[dict[str, Any]], args: argparse.Namespace, path: Path) -> None:
-    import torch
-    from _common import revision, today
-
-    head = [
-        f"date {today()}, torch {torch.__version__}, revision {revision()}",
-        f"cpu {cpu_name()}, {os.cpu_count()} cores, one for each of {RANKS} ranks; load average "
-        f"at the end {os.getloadavg()[0]:.1f} (this benchmark included)",
-        f"{LAYERS} layers, hidden {args.hidden}, intermediate {args.intermediate}, {EXPERTS} "
-        f"experts, top-{TOP_K}, bfloat16; {args.tokens} prompt tokens a step; {args.rounds} "
-        f"rounds; wanted factor {args.factor}",
-    ]
+def write(
+    rows: list[dict[str, Any]], head: list[str], args: argparse.Namespace, path: Path
+) -> None:
+    about = (
+        f"{RANKS} ranks, one core each; {LAYERS} layers, hidden {args.hidden}, intermediate "
+        f"{args.intermediate}, {EXPERTS} experts, top-{TOP_K}, bfloat16; {args.tokens} prompt "
+        f"tokens a step; {args.rounds} rounds; wanted factor {args.factor}; load average at the "
+        f"end {os.getloadavg()[0]:.1f} (this benchmark included)"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in head)
+        file.writelines(f"{line}\n" for line in [*head, f"# {about}"])
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     print(path)
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -375,8 +365,9 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
     }.items():
         os.environ.setdefault(name, value)
-    from _common import output_folder, today
+    from _common import header, output_folder, today
 
+    head = header(None)  # before the first time, so that the revision is what runs
     quick = "-quick" * args.quick
     path = args.out or output_folder() / f"{today()}-straggler_ranks-cpu{quick}.csv"
     with tempfile.TemporaryDirectory(prefix="capmoe-straggler-") as folder:
@@ -389,7 +380,7 @@ def main() -> int:
         except GateError as error:
             print(f"gate failed: {error}", file=sys.stderr)
             return 1
-    write(rows, args, path)
+    write(rows, head, args, path)
     for row in rows:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     if not args.no_plot:

@@ -7,6 +7,7 @@ bound to the signatures of the installed vLLM.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import subprocess
 import sys
@@ -51,18 +52,25 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def common(repo_root: Path) -> ModuleType:
     """benchmarks/_common.py as a module."""
-    import importlib.util
+    return load(repo_root / "benchmarks" / "_common.py")
 
-    path = repo_root / "benchmarks" / "_common.py"
-    spec = importlib.util.spec_from_file_location("_common", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_common"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+
+@pytest.fixture(scope="module")
+def report(repo_root: Path, common: ModuleType) -> ModuleType:
+    """benchmarks/moe_layer_report.py as a module, which imports `_common` by that name."""
+    return load(repo_root / "benchmarks" / "moe_layer_report.py")
 
 
 @pytest.mark.parametrize("name", [n for n in QUICK if n != "engine"])
@@ -121,7 +129,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import _common as common
 import bench_moe_layer as bench
-from _opponents import Vllm
+from _opponents import Vllm, opponents
 
 device, dtype = torch.device("cpu"), torch.bfloat16
 layers = [common.make_layer(common.TINY, device, dtype)]
@@ -139,10 +147,40 @@ for mode in ("off", "drop"):
     vllm.experts(0), vllm.route(0), vllm.whole(0)
     phantom = vllm.ids[0].max().item() == common.TINY.experts
     assert phantom == (mode == "drop") == (vllm.map_E is not None)
+    columns = [column for column, _, _ in opponents(case, ["vllm"])]
+    limited = ["vllm_experts_ms", "vllm_route_ms"]  # its routing is timed in every mode
+    assert columns == limited + ["vllm_layer_ms"] * (mode == "off"), columns
 assert bound.count("fused_experts") == 4 and bound.count("align") == 2, bound
 """
     done = run([sys.executable, "-c", code, str(repo_root / "benchmarks")])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_routing_goals_are_judged_with_a_limit_too(
+    report: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(mode: str, tokens: int, share: float, over: float | str) -> dict[str, str]:
+        return {
+            **{"mode": mode, "tokens": str(tokens), "route_share": str(share)},
+            "vllm_route_over_ours": str(over),
+        }
+
+    def judged(rows: list[dict[str, str]]) -> list[str]:
+        report.routing_goals(rows)
+        return [
+            f"{line.split()[0]} {line.rpartition(': ')[2]}"
+            for line in capsys.readouterr().out.splitlines()
+        ]
+
+    dropless = [row("off", 8192, 0.04, 1.2), row("off", 1024, 0.2, 0.5)]
+    assert judged(dropless) == ["PASS 0.040 (1 rows)", "PASS 1.200 (1 rows)"] + 2 * [
+        "WAITS - (0 rows)"
+    ]
+    slow = [row("drop", 8192, 0.02, 1.1), row("expanded", 8192, 0.06, 0.9)]
+    limited = ["FAIL 0.060 (2 rows)", "FAIL 0.900 (2 rows)"]
+    assert judged(dropless + slow)[2:] == limited
+    # Without vLLM its column is empty: then nothing is judged against it.
+    assert judged([row("drop", 8192, 0.02, "")])[2:] == ["PASS 0.020 (1 rows)", "WAITS - (0 rows)"]
 
 
 def test_router_has_the_skew_that_is_asked_for(common: ModuleType) -> None:
