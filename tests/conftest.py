@@ -47,12 +47,11 @@ def example_model(make_mixtral: ModuleType, tmp_path_factory: pytest.TempPathFac
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+    """Skip tests marked gpu where there is no CUDA device, and tests marked cpu where there is."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    has_gpu = torch.cuda.is_available()
+    reason = "needs vLLM's CPU build" if has_gpu else "needs a CUDA device"
+    for item in items:
+        if item.get_closest_marker("cpu" if has_gpu else "gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))

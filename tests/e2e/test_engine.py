@@ -46,6 +46,7 @@ def test_without_a_limit_is_stock_vllm_to_rounding(run, stock, mode):
         assert sum(layer["load_before"]) > 0
 
 
+@pytest.mark.cpu
 def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     """Also: a small gamma changes what the model says, whoever computes it."""
     # Per request: prompts that begin alike would tie across requests, and the last bit of either
@@ -195,6 +196,7 @@ def test_who_shares_the_batch_matters_only_in_scope_batch(run, scope, alike):
     assert all(same) if alike else not any(same)
 
 
+@pytest.mark.cpu
 def test_compiled_is_eager_to_rounding(run):
     settings: dict[str, Any] = {"moe_capacity_mode": "expanded", "moe_capacity_factor": 1.0}
     eager = run([[LONG]], **settings)
@@ -211,6 +213,7 @@ def test_compiled_is_eager_to_rounding(run):
     ]
 
 
+@pytest.mark.cpu
 def test_triton_kernels_agree_with_plain_torch(run):
     """Both kernels in a real engine, by Triton's interpreter: the wiring and the numbers."""
     # Per request: all prompts begin with the same token, which would tie across requests, and the

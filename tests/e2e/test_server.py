@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+import torch
 from engines import serve
 
 pytestmark = pytest.mark.engine
@@ -63,7 +64,8 @@ def test_chat_and_its_stream_agree(client, model_name):
 def test_start_line(server, mode):
     text = server.text()
     assert START_LINE.format(mode) in text
-    assert "layers=4" in text and "backend=torch (auto)" in text
+    backend = "triton" if torch.cuda.is_available() else "torch"
+    assert "layers=4" in text and f"backend={backend} (auto)" in text
     assert "without expert parallelism" in text
     if mode == "expanded":
         assert "candidates=global (auto), expanded_experts=2 (auto), max_experts=2 (auto)" in text

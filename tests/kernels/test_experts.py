@@ -351,6 +351,26 @@ def test_repeats_bitwise(config: str) -> None:
     assert torch.equal(first, case.run(other))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_a_cuda_graph_holds_the_call(tokens: int) -> None:
+    """Captured once, it serves other tokens, other experts and other loads."""
+    case = make_case(tokens, 2, 8, 256, 128)
+
+    def call() -> Tensor:
+        return ours.fused_experts(case.hidden, case.w13, case.w2, case.weights, case.experts)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for highest in (8, 3, 0):
+        case.hidden.copy_(torch.randn(case.hidden.shape))
+        case.experts.copy_(torch.randint(-1, highest, case.experts.shape))
+        graph.replay()
+        assert torch.equal(captured, call())
+
+
 def test_makes_what_is_not_given() -> None:
     case = make_case()
     args = (case.hidden, case.w13, case.w2, case.weights, case.experts)

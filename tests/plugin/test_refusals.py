@@ -52,10 +52,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"moe_capacity_mode": "drop", "moe_capacity_priority": "image-first"},
         "--moe-capacity-priority is 'image-first', but .*: 'uniform' is accepted",
     ),
-    "triton on the CPU": (
-        {"moe_capacity_mode": "drop", "moe_capacity_backend": "triton"},
-        "--moe-capacity-backend is 'triton', but the platform is 'cpu': 'auto', 'torch' or",
-    ),
     "unknown key": (
         {"additional_config": {"moe_capacity": {"mode": "drop", "gamma": 1}}},
         "unknown key 'gamma', but the accepted keys are mode, factor",
@@ -71,7 +67,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a kernel of vLLM's, and ours": (
         {"moe_capacity_mode": "drop", "moe_backend": "triton"},
         "--moe-backend is 'triton', but --moe-capacity-backend 'auto' has the experts computed by "
-        "'torch': 'auto', or --moe-capacity-backend 'vllm', is accepted",
+        "'(torch|triton)': 'auto', or --moe-capacity-backend 'vllm', is accepted",
     ),
     "lora": (
         {"moe_capacity_mode": "drop", "enable_lora": True},
@@ -84,6 +80,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refused(example_model, settings, message):
     with pytest.raises(ValueError, match=message):
         engine_config(example_model, **settings)
+
+
+@pytest.mark.cpu
+def test_triton_needs_a_gpu(example_model):
+    message = "backend is 'triton', but the platform is 'cpu': 'auto', 'torch' or 'vllm'"
+    with pytest.raises(ValueError, match=message):
+        engine_config(example_model, moe_capacity_mode="drop", moe_capacity_backend="triton")
 
 
 def test_the_same_engine_without_the_setting_is_accepted(example_model):

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.cpu
 def test_model_runner_v2_says_which_tokens_are_generated_and_whose_they_are():
     """Its real code, interpreted."""
     script = Path(__file__).with_name("model_runner_v2.py")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from clusters import DATA_PARALLEL, TENSOR_PARALLEL
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
 TEXT = "Experts that are overloaded drop the tokens that they need least, say those who know. "
 NO_LIMIT = 2**31 - 1

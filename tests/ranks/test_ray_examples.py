@@ -48,6 +48,7 @@ def test_engine_arguments_of_ray_serve(example_model):
 
 
 @pytest.mark.engine
+@pytest.mark.cpu
 def test_ray_data_answers_every_prompt(example_model, repo_root, ray_cluster, tmp_path):
     script = repo_root / "examples" / "ray_data.py"
     command = [sys.executable, str(script), str(example_model), "--prompts", "20", "--factor", "1"]

@@ -12,7 +12,7 @@ import pytest
 from clusters import CLUSTER
 from engines import Server, serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
 TEXT = "Experts that are overloaded drop the tokens that they need least. "
 LAYERS, TOP_K = 4, 2  # of the example model

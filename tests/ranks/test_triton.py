@@ -12,7 +12,7 @@ from comparing import assert_same
 
 from vllm_capmoe.integration.metrics import Summary, layers_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
 TEXT = "The oldest bridge of the town was built where the river is narrow, "
 REQUESTS = [{"prompt": TEXT * n + "and", "max_tokens": 3} for n in (1, 2, 1)]

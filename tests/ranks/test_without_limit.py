@@ -11,7 +11,7 @@ from comparing import assert_same
 
 from vllm_capmoe.integration.metrics import layers_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
 TEXT = "The oldest bridge of the town was built where the river is narrow, "
 REQUESTS = [
