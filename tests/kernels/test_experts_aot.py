@@ -22,9 +22,10 @@ WORKER = Path(__file__).with_name("experts_aot_worker.py")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_SM = 65536  # 32-bit registers, compute capability 8.0 to 10.0
 
-pytestmark = pytest.mark.skipif(
-    not CUOBJDUMP.exists(), reason="this Triton comes without NVIDIA's tools"
-)
+pytestmark = [
+    pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton comes without NVIDIA's tools"),
+    pytest.mark.timeout(1800),  # the first test waits for all that the others look at
+]
 
 # Coarse experts (one rank of Mixtral-8x7B holds all), fine ones (Qwen3-30B-A3B), odd ones.
 MIXTRAL = {"width": 2, "experts": 8, "hidden": 4096, "intermediate": 14336}
