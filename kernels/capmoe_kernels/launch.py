@@ -318,7 +318,8 @@ _OTHER: _Table = (
 )
 # float32 without tensor cores, as torch multiplies it by default: operands in registers, so small
 # tiles. Two stages are enough for the larger one: its step of 64 * 64 * 32 multiplications takes
-# 1024 cycles or more, longer than a load. A third has ptxas spill on sm_80 (Triton 3.7 and 3.8).
+# 1024 cycles or more, longer than a load should (not measured). A third has ptxas spill on sm_80
+# (Triton 3.7 and 3.8).
 _FLOAT32: _Table = (
     _both(16, GemmConfig(16, 64, 32, 1, 4, 3, programs_per_sm=2)),
     _both(None, GemmConfig(64, 64, 32, 8, 8, 2)),

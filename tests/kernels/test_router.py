@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 if not routing.INTERPRETED:
     pytest.skip("the routers of these tests are on the CPU", allow_module_level=True)
 
-from routers import MODELS, E, K, T, forward_context, make, prompt_of_one_request
+from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
 from vllm.forward_context import override_forward_context
 
 from vllm_capmoe.integration import custom_ops, stats
@@ -46,6 +46,31 @@ def test_kernels_route_as_plain_torch(
             torch.testing.assert_close(got[0], weights, rtol=1e-6, atol=1e-7)
     assert (experts[:25] >= 0).sum() < 25 * K and (experts[27:] == -1).all()
     assert torch.equal(ours.stats.counts, 2 * plain.stats.counts)
+
+
+def test_a_rank_takes_its_part_of_the_seats_and_only_with_the_experts_they_came_with() -> None:
+    """Ranks of five and eleven experts. Where nothing is taken, `make_seats` would do it again."""
+    loads, heads = [], []
+    for first, count in ((0, 5), (5, E - 5)):
+        tokens = prompt_of_one_request()
+        made = make(MIXTRAL, tokens, "triton", mode="drop", factor=0.5, min_capacity=1)
+        made.first_local = first
+        logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
+        expert_map = torch.full((E,), -1, dtype=torch.int32)
+        expert_map[first : first + count] = torch.arange(count, dtype=torch.int32)
+        with override_forward_context(forward_context()):
+            _, experts = made.route(logits, None)
+            assert made.seats_of(experts.clone(), count, expert_map) is None, "gathered rows"
+            _, experts = made.route(logits, None)
+        seats = made.seats_of(experts, count, expert_map)
+        assert seats is not None and seats.offsets.shape == (count + 1,)
+        held = [(experts == first + e).nonzero()[:, 0].tolist() for e in range(count)]
+        spans = zip(seats.offsets.tolist(), seats.offsets.tolist()[1:], strict=False)
+        assert [(seats.order[a:b] // K).tolist() for a, b in spans] == held
+        loads += seats.offsets.diff().tolist()
+        heads.append(int(seats.offsets[0]))
+        assert made.seats_of(experts, count, expert_map) is None, "taken already"
+    assert heads == [0, sum(loads[:5])] and sum(loads) == int((experts >= 0).sum()) > 0
 
 
 def test_the_totals_are_in_one_order() -> None:

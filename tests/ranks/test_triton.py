@@ -1,7 +1,7 @@
 """The Triton kernels on two ranks, interpreted: what each gets of the seats, and the numbers.
 
-Drop, per request: what is dropped doesn't depend on who shares a step, so that ranks with torch's
-experts in one process are the measure for every layout.
+Drop, per request: what is dropped doesn't depend on who shares a step, so one process with plain
+torch is the measure for every layout.
 """
 
 from typing import Any
