@@ -165,7 +165,9 @@ def limit_kernel(
                 wanted = seats
                 within = competing
                 digits = tl.arange(0, 256)
-                while wanted != within:  # at the last digit a prefix is one bid
+                # At the last digit a prefix is one bid, so `wanted` is `within`. Whatever memory
+                # says, the loop ends there.
+                while (wanted != within) & (shift > 0):
                     shift -= 8
                     histogram = tl.zeros((256,), tl.int32)
                     for column in range(first_column, end_column):
