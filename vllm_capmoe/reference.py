@@ -19,9 +19,9 @@ The steps, in the order in which `route_torch` takes them:
 
     score_keys        floats to integers of the same order, so that all choices are exact
     choose_top_k      algorithm 1, line 1: the k best experts of each token
-    capacity          C = ceil(gamma * T * k / E), in integers
+    group_limits      C = ceil(gamma * T * k / E), in integers (limits.py)
     extra_candidates  algorithm 2, line 1: m more candidates per token
-    metric_keys       the metric by which a bin ranks its candidates
+    metric_keys       the metric by which a bin ranks its candidates (ranking.py, as the first two)
     fill_bins         algorithms 1 and 2: every bin keeps its C best
     pack_rows         what a token holds, and its weights
 
@@ -32,22 +32,23 @@ graph once its capacity table exists (one call of the same size before the captu
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_capmoe.limits import NO_LIMIT, capacity_table, count, group_limits
 from vllm_capmoe.plan import Plan
+from vllm_capmoe.ranking import (
+    best_first,
+    choose_top_k,
+    is_nan,
+    metric_keys,
+    score_keys,
+    token_index,
+)
 
-__all__ = ["NO_LIMIT", "Plan", "Selection", "capacity", "capacity_table", "route_torch"]
-
-NO_LIMIT = 2**31 - 1
-"""The capacity of a group in which no limit is in effect: every load is below it."""
-
-_MASK = 0xFFFFFFFF
-_NAN_KEY = -(2**31)
+__all__ = ["NO_LIMIT", "Plan", "Selection", "route_torch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,117 +83,6 @@ class Selection:
         return self.load_after.sum() - self.kept
 
 
-# --- Scores as integers ---------------------------------------------------------------------
-
-
-def score_keys(scores_TE: Tensor) -> Tensor:
-    """int64 [T, E] keys, all different in a row: higher score first, ties to the lower expert.
-
-    The upper part of a key is the float32 score as an integer that rises with it: the bits of a
-    float rise with its magnitude, so those of negative numbers are turned around. -0.0 counts as
-    0.0 and NaN as less than -inf. The lower part counts the experts backwards.
-    """
-    E = scores_TE.shape[1]
-    scores_TE = scores_TE.detach() + 0.0  # -0.0 + 0.0 is 0.0
-    bits_TE = scores_TE.view(torch.int32)
-    bits_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
-    bits_TE = bits_TE.masked_fill_(scores_TE.isnan(), _NAN_KEY)
-    backwards_E = torch.arange(E - 1, -1, -1, device=scores_TE.device)
-    return (bits_TE.long() << _expert_bits(E)).add_(backwards_E)
-
-
-def _expert_bits(num_experts: int) -> int:
-    return (num_experts - 1).bit_length()
-
-
-def choose_top_k(keys_TE: Tensor, top_k: int, topk_TK: Tensor | None = None) -> Tensor:
-    """int64 [T, k]: the top-k experts of each token, best first (algorithm 1, line 1).
-
-    topk_TK: the model's own choice, where it is not the plain top-k of the scores. It is only
-    put in order. The ids of padding rows may be anything.
-    """
-    if topk_TK is None:
-        return keys_TE.topk(top_k, dim=1).indices
-    experts_TK = topk_TK.long().clamp(0, keys_TE.shape[1] - 1)
-    return experts_TK.gather(1, best_first(keys_TE, experts_TK))
-
-
-def best_first(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:
-    """int64 [T, L]: the columns of each row by falling score, ties to the lower expert."""
-    return keys_TE.gather(1, experts_TL).argsort(dim=1, descending=True)
-
-
-# --- Capacity -------------------------------------------------------------------------------
-
-
-def capacity(
-    tokens: int,
-    *,
-    num_experts: int,
-    top_k: int,
-    gamma: Fraction,
-    min_capacity: int = 1,
-    experts: int = 1,
-) -> int:
-    """The limit of a bin of n experts: max(n * min_capacity, ceil(n * gamma * T * k / E)).
-
-    With n = 1 the paper's C = ceil(gamma * N), N = T * k / E the mean load, at least
-    min_capacity; with n = n_d the limit of device d ("device-level capacity"). tokens is T of
-    the group. Integers only, so that gamma = 1.1 and a mean load of 10 give 11:
-
-        >>> capacity(40, num_experts=8, top_k=2, gamma=Fraction("1.1"))
-        11
-    """
-    assignments = experts * gamma.numerator * tokens * top_k
-    ceiling = -(-assignments // (gamma.denominator * num_experts))
-    return max(experts * min_capacity, ceiling)
-
-
-def capacities(plan: Plan, experts: int, max_tokens: int) -> Tensor:
-    """int64 [max_tokens + 1]: `capacity` of a bin of n experts for 0, 1, ... tokens."""
-    assert plan.gamma is not None
-    per_token = plan.gamma * experts * plan.top_k / plan.num_experts
-    if max(per_token.numerator * max_tokens, per_token.denominator) < 2**62:
-        ceilings_T = -(-torch.arange(max_tokens + 1) * per_token.numerator // per_token.denominator)
-        return ceilings_T.clamp_(min=experts * plan.min_capacity)
-    exact = [
-        capacity(
-            tokens,
-            num_experts=plan.num_experts,
-            top_k=plan.top_k,
-            gamma=plan.gamma,
-            min_capacity=plan.min_capacity,
-            experts=experts,
-        )
-        for tokens in range(max_tokens + 1)
-    ]
-    return torch.tensor([min(limit, NO_LIMIT) for limit in exact])
-
-
-@lru_cache(maxsize=256)
-def _capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    sizes = torch.tensor(plan.bin_sizes)
-    limit_by_size = {n: capacities(plan, n, max_tokens) for n in set(plan.bin_sizes)}
-    limit_TX = torch.stack([limit_by_size[n] for n in plan.bin_sizes], dim=1)
-    # A bin of n experts takes at most T * min(k, n) assignments of the top-k.
-    most_TX = torch.arange(max_tokens + 1)[:, None] * sizes.clamp(max=plan.top_k)
-    free_T = (limit_TX >= most_TX).all(dim=1)
-    limited = (~free_T).nonzero().flatten()
-    first = int(limited[0]) if len(limited) else NO_LIMIT
-    table = limit_TX.clamp_(max=NO_LIMIT).masked_fill_(free_T[:, None], NO_LIMIT)
-    return table.int().to(device), first
-
-
-def capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    """The limits of groups of 0, 1, ... max_tokens (or more) tokens, for look-ups by a tensor.
-
-    Returns the table, int32 [max_tokens + 1 or more, X], with NO_LIMIT in the rows of groups in
-    which no load can pass its limit, and the lowest number of tokens that has a limit (NO_LIMIT
-    if none has). Built once for each power of two of max_tokens and kept.
-    """
-    return _capacity_table(plan, 1 << max(max_tokens, 1).bit_length(), device)
-
-
 # --- Candidates -----------------------------------------------------------------------------
 
 
@@ -213,81 +103,7 @@ def extra_candidates(
     return best.indices, None if local_TE is None else best.values != least
 
 
-# --- Metrics --------------------------------------------------------------------------------
-
-
-def fmix32(x: Tensor) -> Tensor:
-    """Murmur3's 32-bit finaliser on int64 tensors with values in [0, 2^32).
-
-    x ^= x >> 16; x *= 0x85ebca6b; x ^= x >> 13; x *= 0xc2b2ae35; x ^= x >> 16, modulo 2^32.
-    A product may pass 2^63, but the 32 lowest bits are right all the same.
-    """
-    x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & _MASK
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
-
-
-def draws(seed: int, index_T: Tensor, experts_TL: Tensor) -> Tensor:
-    """int64 [T, L] in [0, 2^32): the draw of metric `random`.
-
-    fmix32(fmix32(fmix32(seed) + token index) + expert), modulo 2^32. No two experts of a token
-    have the same draw, since fmix32 maps different numbers to different numbers.
-    """
-    start = fmix32(torch.full_like(index_T[:1], seed & _MASK))
-    token_T = fmix32((start + index_T) & _MASK)
-    return fmix32((token_T[:, None] + experts_TL) & _MASK)
-
-
-def token_index(T: int, real_T: Tensor | None, group_T: Tensor | None, count_G: Tensor) -> Tensor:
-    """int64 [T]: the position of a token among the real tokens of its group.
-
-    Neither padding nor another request changes it. Padding rows get a number without meaning.
-    group_T: group of each token, G for padding rows; None for one group.
-    """
-    row_T = torch.arange(T, device=count_G.device)
-    if group_T is not None:
-        sorted_T, order_T = group_T.sort(stable=True)
-        start_G1 = pad(count_G.cumsum(0), (1, 0))
-        return torch.empty_like(row_T).scatter_(0, order_T, row_T - start_G1[sorted_T])
-    return row_T if real_T is None else real_T.cumsum(0) - 1
-
-
-def metric_keys(
-    metric: str, keys_TE: Tensor, experts_TL: Tensor, index_T: Tensor | None, seed: int
-) -> Tensor:
-    """int64 [T, L] in [0, 2^32): the rank of a candidate in its bin, lower is better.
-
-    Of candidates whose scores are numbers; `is_nan` puts the others behind them. Equal ranks go
-    to the lower token index, then to the lower expert, since that is the order of the flat list:
-    `fill_bins` sorts stably, and equal scores of a row stand by expert.
-    index_T: the token indices, for metric `random` only. `order` and `reverse-order` compare
-    tokens of one group only, for which the row in the step does as well.
-    """
-    T, E = keys_TE.shape
-    if metric == "score":
-        return 0x7FFFFFFF - (keys_TE.gather(1, experts_TL) >> _expert_bits(E))
-    if metric == "random":
-        assert index_T is not None
-        return _MASK - draws(seed, index_T, experts_TL)
-    first, last, step = (0, T * E, E) if metric == "order" else ((T - 1) * E, -E, -E)
-    return torch.arange(first, last, step, device=keys_TE.device)[:, None] + experts_TL
-
-
 # --- Selection ------------------------------------------------------------------------------
-
-
-def count(index: Tensor, size: int) -> Tensor:
-    """int64 [size]: how often each number in [0, size) occurs. Integers, so order is nothing."""
-    index_N = index.reshape(-1)
-    zeros = torch.zeros(size, dtype=torch.int64, device=index.device)
-    return zeros.scatter_add_(0, index_N, torch.ones_like(index_N))
-
-
-def is_nan(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:
-    """bool [T, L]: candidates with a NaN score. They win no seat over a number, in any metric."""
-    return keys_TE.gather(1, experts_TL) >> _expert_bits(keys_TE.shape[1]) == _NAN_KEY
 
 
 def fill_bins(
@@ -322,38 +138,6 @@ def _and(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 def _column(mask_T: Tensor | None) -> Tensor | None:
     return None if mask_T is None else mask_T[:, None]
-
-
-def group_limits(
-    plan: Plan,
-    table: Tensor,
-    T: int,
-    real_T: Tensor | None,
-    prompt_T: Tensor | None,
-    group_T: Tensor | None,
-    num_groups: int,
-) -> tuple[Tensor, Tensor]:
-    """int64 [G], the real tokens of each group, and int32 [G, X], its limits or NO_LIMIT.
-
-    No limit is in effect in a group of fewer than min_tokens, in a group without a prompt token,
-    and where no load can pass its limit (which the table of capacities says).
-    """
-    if group_T is not None:
-        count_G = count(group_T, num_groups + 1)[:-1]
-    elif real_T is not None:
-        count_G = real_T.sum().reshape(1)
-    else:
-        count_G = torch.full((1,), T, device=table.device)
-    limit_GX = table[count_G]
-    if plan.min_tokens > 0:
-        limit_GX = limit_GX.masked_fill((count_G < plan.min_tokens)[:, None], NO_LIMIT)
-    if prompt_T is not None and prompt_T is not real_T:
-        if group_T is None:
-            prompts_G = prompt_T.sum().reshape(1)
-        else:
-            prompts_G = count(group_T.where(prompt_T, num_groups), num_groups + 1)[:-1]
-        limit_GX = limit_GX.masked_fill((prompts_G == 0)[:, None], NO_LIMIT)
-    return count_G, limit_GX
 
 
 # --- Rows of the result ---------------------------------------------------------------------

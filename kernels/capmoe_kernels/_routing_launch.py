@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_LIMIT = 2**31 - 1
-"""The capacity of a group in which no limit is in effect. As `vllm_capmoe.reference.NO_LIMIT`."""
+"""The capacity of a group in which no limit is in effect. As `vllm_capmoe.limits.NO_LIMIT`."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,21 @@ functions take CPU tensors.
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from capmoe_kernels import _routing_kernels, _routing_limits
+from capmoe_kernels._routing_arguments import (
+    flat,
+    ids,
+    ints,
+    mask,
+    on_device_of,
+    options,
+    rows,
+    up_to_four,
+)
 from capmoe_kernels._routing_checks import (
     INTEGERS,
     PlanLike,
@@ -41,6 +48,7 @@ from capmoe_kernels._routing_launch import (
     limit_table,
     power_of_two,
 )
+from capmoe_kernels._routing_selection import RoutedSelection, Seats
 from capmoe_kernels.launch import ceil_div
 
 __all__ = [
@@ -63,63 +71,6 @@ SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 TOTALS = ("steps", "dropped", "expanded", "left_without", "max_before", "max_after")
 """What the last entries of `counters` add up, see `route_triton`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Seats:
-    """The held assignments, expert by expert: what a grouped product needs, without alignment.
-
-    An assignment is a place of the result, numbered a = token * W + place: its token is a // W,
-    its weight `weights.view(-1)[a]`. A seat is a position in `order`.
-
-    order: int32 [T * W], assignments ascending by (expert, token); -1 in the rest, from
-        offsets[E] on.
-    offsets: int32 [E + 1], the exclusive prefix sum of the loads: expert e has the seats
-        offsets[e] ... offsets[e + 1] - 1, of which there are load_after[e].
-    seat: int32 [T, W], the seat of each place, the inverse of `order`; -1 where a place is
-        unused.
-
-    Example: experts [[1, 0], [1, -1]] and E = 2 give order [1, 0, 2, -1], offsets [0, 1, 3] and
-    seat [[1, 0], [2, -1]].
-    """
-
-    order: Tensor
-    offsets: Tensor
-    seat: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class RoutedSelection:
-    """Who holds which expert: the fields of `vllm_capmoe.reference.Selection`, and `seats`.
-
-    experts: int32 [T, W], by descending score, ties to the lower expert; -1 where unused.
-    weights: float32 [T, W]; 0 where unused.
-    load_before: int32 [E], the top-k assignments of the real tokens.
-    load_after: int32 [E], the assignments that are held.
-    capacity: int32 [G, X]; NO_LIMIT where none is in effect.
-    kept: int64 [], the top-k assignments that are held.
-    left_without: int64 [], the real tokens that hold no expert.
-    seats: the held assignments by expert.
-    """
-
-    experts: Tensor
-    weights: Tensor
-    load_before: Tensor
-    load_after: Tensor
-    capacity: Tensor
-    kept: Tensor
-    left_without: Tensor
-    seats: Seats
-
-    @property
-    def dropped(self) -> Tensor:
-        """int64 []: top-k assignments of real tokens that are not held."""
-        return self.load_before.sum() - self.kept
-
-    @property
-    def expanded(self) -> Tensor:
-        """int64 []: held assignments outside of the token's top-k."""
-        return self.load_after.sum() - self.kept
 
 
 def route_triton(
@@ -157,7 +108,7 @@ def route_triton(
     the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
     any launch; values of tensors are not checked, and none makes a kernel leave its tensors.
     """
-    with _on_device_of(scores_TE):
+    with on_device_of(scores_TE):
         return _route(
             "scores_TE",
             scores_TE,
@@ -203,7 +154,7 @@ def route_logits_triton(
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring is {scoring!r}, but it must be one of {', '.join(SCORINGS)}.")
-    with _on_device_of(logits_TE):
+    with on_device_of(logits_TE):
         return _route(
             "logits_TE",
             logits_TE,
@@ -283,18 +234,18 @@ def _route(
     L = K + M
 
     # What is returned, and what is counted from zero: one launch.
-    E4, G4 = _up_to_four(E), _up_to_four(G)
+    E4, G4 = up_to_four(E), up_to_four(G)
     sums = torch.zeros(2 + E4 + 2 * G4, dtype=torch.int64, device=device)
     totals, sums_32 = sums[:2], sums.view(torch.int32)
     load_before, load_after = sums_32[4 : 4 + E], sums_32[4 + E4 : 4 + E4 + E]
     groups = sums_32[4 + 2 * E4 :][: 4 * G] if limited else None
-    experts = _ints(device, T, W)
+    experts = ints(device, T, W)
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
-    capacity = _ints(device, G, X)
+    capacity = ints(device, G, X)
     seats = Seats(
-        order=_ints(device, T * W),
-        offsets=_ints(device, E + 1),
-        seat=_ints(device, T, W),
+        order=ints(device, T * W),
+        offsets=ints(device, E + 1),
+        seat=ints(device, T, W),
     )
     selection = RoutedSelection(
         experts=experts,
@@ -314,32 +265,32 @@ def _route(
     config = launch_config(T, E, L)
     EP, LP, WP = max(power_of_two(E), 2), power_of_two(L), power_of_two(W)
     blocks = ceil_div(T, config.rows)
-    tags = _ints(device, T)
-    candidates = _ints(device, L, T)
+    tags = ints(device, T)
+    candidates = ints(device, L, T)
     candidate_scores = torch.empty((L, T), dtype=torch.float32, device=device)
-    counts = _ints(device, blocks, E)
-    keys = _ints(device, E, T) if limited and not at_device else None
+    counts = ints(device, blocks, E)
+    keys = ints(device, E, T) if limited and not at_device else None
     last_bids, index = None, None
-    bin_device = _flat(device_E) if limited and at_device else None
+    bin_device = flat(device_E) if limited and at_device else None
     if limited:
         last_bids = torch.empty((G, B), dtype=torch.int64, device=device)
         if plan.metric == "random":
-            index = _ints(device, T)
+            index = ints(device, T)
     start = fmix32(seed)
 
-    scores_TE = _rows(scores_TE)
-    topk_TK = None if topk_TK is None else _rows(_ids(topk_TK))
+    scores_TE = rows(scores_TE)
+    topk_TK = None if topk_TK is None else rows(ids(topk_TK))
     _routing_kernels.choose_kernel[(ceil_div(T, config.choose_rows),)](
         scores_TE,
         scores_TE.stride(0),
         topk_TK,
         0 if topk_TK is None else topk_TK.stride(0),
-        _mask(is_padding_T),
-        _mask(is_decode_T) if limited else None,
-        _flat(request_T) if limited and by_request else None,
-        _mask(is_image_T) if limited and by_image else None,
-        _flat(device_E) if M > 0 and local else None,
-        _flat(token_device_T) if M > 0 and local else None,
+        mask(is_padding_T),
+        mask(is_decode_T) if limited else None,
+        flat(request_T) if limited and by_request else None,
+        mask(is_image_T) if limited and by_image else None,
+        flat(device_E) if M > 0 and local else None,
+        flat(token_device_T) if M > 0 and local else None,
         candidates,
         candidate_scores,
         keys,
@@ -355,7 +306,7 @@ def _route(
         TEXT_LAST=plan.priority == "text-first",
         SCORING=scoring,
         BLOCK_T=config.choose_rows,
-        **_options(config.choose_warps),
+        **options(config.choose_warps),
     )
     if limited:
         _routing_limits.limit_kernel[(min(G, T // max(least, 1)) * B,)](
@@ -380,7 +331,7 @@ def _route(
             X=X,
             METRIC=plan.metric,
             BLOCK=config.limit_rows,
-            **_options(config.limit_warps),
+            **options(config.limit_warps),
         )
     _routing_kernels.pack_kernel[(blocks,)](
         tags,
@@ -411,7 +362,7 @@ def _route(
         RENORMALIZE=plan.renormalize,
         ROWS=config.rows,
         BLOCK_T=config.pack_rows,
-        **_options(config.pack_warps),
+        **options(config.pack_warps),
     )
     _routing_kernels.seats_kernel[(blocks,)](
         experts,
@@ -431,49 +382,6 @@ def _route(
         ROWS=config.rows,
         BLOCK_T=config.seat_rows,
         CHUNK=config.seat_chunk,
-        **_options(config.seat_warps),
+        **options(config.seat_warps),
     )
     return selection
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device: make it the tensor's."""
-    if getattr(tensor, "is_cuda", False):
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-def _ints(device: torch.device, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int32, device=device)
-
-
-def _options(warps: int) -> dict[str, int]:
-    """Compiler options. With the most registers that the warps of one program can have named, ptxas
-    spills none; left to itself it spills a few for a second program on the same multiprocessor.
-    """
-    if torch.version.hip is not None:
-        return {"num_warps": warps}
-    return {"num_warps": warps, "maxnreg": min(255, 2048 // warps)}
-
-
-def _up_to_four(size: int) -> int:
-    """The next multiple of four: int32 arrays that start there are aligned to 16 bytes."""
-    return ceil_div(size, 4) * 4
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous; a copy only if they are not."""
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def _ids(tensor: Tensor) -> Tensor:
-    """int32 or int64; a copy only if it is neither."""
-    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.int32)
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _ids(tensor).contiguous()
-
-
-def _mask(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous().view(torch.uint8)

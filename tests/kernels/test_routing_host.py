@@ -12,7 +12,7 @@ import torch
 from capmoe_kernels import _routing_launch as launch
 from capmoe_kernels import routing
 from capmoe_kernels.routing import route_logits_triton, route_triton
-from vllm_capmoe import CapacityConfig, reference
+from vllm_capmoe import CapacityConfig, limits, ranking
 from vllm_capmoe.plan import Plan, resolve
 
 DEVICE = "cpu" if routing.INTERPRETED else "cuda"
@@ -24,9 +24,9 @@ def make_plan(E: int, k: int, **config: Any) -> Plan:
 
 
 def test_constants_and_numbers_agree_with_the_reference() -> None:
-    assert routing.NO_LIMIT == reference.NO_LIMIT
+    assert routing.NO_LIMIT == limits.NO_LIMIT
     for seed in (0, 1, -1, 2**31, 2**32 + 5, -(2**70)):
-        want = int(reference.fmix32(torch.tensor(seed & 0xFFFFFFFF)))
+        want = int(ranking.fmix32(torch.tensor(seed & 0xFFFFFFFF)))
         assert launch.fmix32(seed) & 0xFFFFFFFF == want
 
 
@@ -39,7 +39,7 @@ def test_limits_agree_with_the_reference(
     plan = make_plan(8, 3, factor=factor, min_capacity=min_capacity)
     plan = dataclasses.replace(plan, bin_sizes=sizes)
     table, first = launch.limit_table(plan, 300, torch.device("cpu"))
-    want, first_wanted = reference.capacity_table(plan, 300, torch.device("cpu"))
+    want, first_wanted = limits.capacity_table(plan, 300, torch.device("cpu"))
     assert first == first_wanted
     assert torch.equal(table[:301], want[:301]) and table.dtype == torch.int32
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vllm_capmoe import CapacityConfig, Routing, route
+from vllm_capmoe.limits import NO_LIMIT, capacity, capacity_table
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import NO_LIMIT, capacity, capacity_table, fmix32
+from vllm_capmoe.ranking import fmix32
 
 NAN, INF = math.nan, math.inf
 METRICS = ("score", "order", "reverse-order", "random")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import vllm_capmoe.limits
 import vllm_capmoe.ops
-import vllm_capmoe.reference
 from vllm_capmoe import CapacityConfig, Routing, route
+from vllm_capmoe.limits import capacity_table
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import capacity_table, route_torch
+from vllm_capmoe.reference import route_torch
 
 METRICS = ("score", "order", "reverse-order", "random")
 
@@ -235,7 +236,7 @@ def test_backend_torch_is_the_default() -> None:
     assert held(route(CROWDED, 1, config(), backend="torch")) == held(route(CROWDED, 1, config()))
 
 
-@pytest.mark.parametrize("module", [vllm_capmoe.ops, vllm_capmoe.reference])
+@pytest.mark.parametrize("module", [vllm_capmoe.limits, vllm_capmoe.ops])
 def test_examples_of_the_docstrings(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted > 0 and result.failed == 0

@@ -34,7 +34,10 @@ from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.phantom import fill_unused
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
-from vllm_capmoe.reference import Plan, capacity, choose_top_k, route_torch, score_keys
+from vllm_capmoe.limits import capacity
+from vllm_capmoe.plan import Plan
+from vllm_capmoe.ranking import choose_top_k, score_keys
+from vllm_capmoe.reference import route_torch
 
 SCORING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
