@@ -10,10 +10,17 @@ from engines import environment, processes_of_group
 
 TESTS = Path(__file__).resolve().parent.parent
 
+
+def cores(ranks: int) -> str:
+    """VLLM_CPU_OMP_THREADS_BIND: a core for each rank, of those that this process may use."""
+    ours = sorted(os.sched_getaffinity(0))
+    return "|".join(str(ours[rank % len(ours)]) for rank in range(ranks))
+
+
 CLUSTER = {
     # The test platform, and what the runners of the end-to-end tests have to share.
     "PYTHONPATH": os.pathsep.join([str(TESTS / "platform"), str(TESTS / "e2e")]),
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # a rank on each of the two cores
+    "VLLM_CPU_OMP_THREADS_BIND": cores(2),
 }
 TENSOR_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 DATA_PARALLEL = {"data_parallel_size": 2, "enable_expert_parallel": True}

@@ -1,6 +1,7 @@
 """A real `vllm serve` for tests, and the environment that vLLM needs on a machine without a GPU."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -28,9 +29,20 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has now, nor is given before a server of ours takes it.
+
+    Below those that the kernel hands out: to whoever asks for any port, as vLLM and Ray do for
+    themselves, and to every connection.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(first - 12_000, first)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class Server:
@@ -44,7 +56,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The series of `/metrics` that are ours: "name{labels}" -> value."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=120) as answer:
             lines = answer.read().decode().splitlines()
         return {
             line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])

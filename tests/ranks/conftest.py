@@ -51,7 +51,7 @@ def run_ranks(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         before, after = folder / f"{number}.spec.json", folder / f"{number}.json"
         before.write_text(json.dumps({"engine": engine, "requests": requests, "record": record}))
         command = [sys.executable, str(RUNNER), str(before), str(after)]
-        text = start(command, folder / f"{number}.log", 300, **(env or {}))
+        text = start(command, folder / f"{number}.log", 550, **(env or {}))
         result = json.loads(after.read_text()) | {"log": text}
         assert result["platform"] == "ClusterPlatform"
         return result

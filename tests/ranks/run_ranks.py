@@ -5,9 +5,11 @@
 SPEC: {"engine": keywords of AsyncEngineArgs, "requests": [{"prompt": text, "max_tokens": n,
 "rank": data parallel rank or None, "ignore_eos": bool}, ...], "record": "rows", "loads" or None}.
 
-All requests start at once; greedy, with log-probabilities. The result has the outputs as
-run_engine.py writes them, and, where recorded, for every engine and worker of it the records, the
-counters, and what the experts received: `records[engine][worker]` and so on.
+Greedy, with log-probabilities. All requests are queued, in their order, before the first step, and
+all ranks have stopped after the same step when the records are fetched: what shares a step doesn't
+depend on how fast anyone is. The result has the outputs as run_engine.py writes them, and, where
+recorded, for every engine and worker of it the records, the counters, and what the experts
+received: `records[engine][worker]` and so on.
 """
 
 import asyncio
@@ -83,7 +85,15 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         if record:
             await tell_all(watch_experts)
             await tell_all("moe_capacity_record", True, record == "rows")
-        outputs = await asyncio.gather(*(ask(n, r) for n, r in enumerate(spec["requests"])))
+        await engine.pause_generation(mode="keep", clear_cache=False)
+        asked = []
+        for number, request in enumerate(spec["requests"]):
+            asked.append(asyncio.create_task(ask(number, request)))
+            while engine.output_processor.get_num_unfinished_requests() <= number:
+                await asyncio.sleep(0.001)
+        await engine.resume_generation()
+        outputs = await asyncio.gather(*asked)
+        await engine.pause_generation(mode="keep", clear_cache=False)
         if record:
             result["received"] = await tell_all(received)
             result["records"] = await tell_all("moe_capacity_records")

@@ -67,8 +67,8 @@ def test_tensor_parallel_ranks_decide_alike(tensor_parallel):
         theirs = by_layer(other)[layer]
         digests = [step["digest"] for step in steps]
         assert digests == [step["digest"] for step in theirs]
-        # What repeats is decoding; how much of it depends on when which request came in.
-        assert len(digests) >= 200 and len(set(digests)) >= 50
+        # What repeats is decoding, of which the last request does 240 steps.
+        assert len(digests) >= 240 and len(set(digests)) >= 50
         assert sum(step["load_before"] != step["load_after"] for step in steps) >= 10
 
 
@@ -150,8 +150,7 @@ def test_what_a_rank_receives_is_within_the_sum_of_the_limits(data_parallel):
     for rank in (0, 1):
         (calls,) = data_parallel["received"][rank]
         for layer, received in by_layer(calls).items():
-            # One rank may be a dummy step further when the records are fetched.
-            for call, one, other in zip(received, both[0][layer], both[1][layer], strict=False):
+            for call, one, other in zip(received, both[0][layer], both[1][layer], strict=True):
                 assert call["counts"] == [
                     a + b for a, b in zip(one["load_after"], other["load_after"], strict=True)
                 ]

@@ -52,7 +52,7 @@ def test_engine_arguments_of_ray_serve(example_model):
 def test_ray_data_answers_every_prompt(example_model, repo_root, ray_cluster, tmp_path):
     script = repo_root / "examples" / "ray_data.py"
     command = [sys.executable, str(script), str(example_model), "--prompts", "20", "--factor", "1"]
-    text = start(command, tmp_path / "log", 300, **ray_cluster)
+    text = start(command, tmp_path / "log", 550, **ray_cluster)
     answers = re.findall(r"^(\d+)\. .* -> (.+)$", text, re.MULTILINE)
     assert [int(number) for number, _ in answers] == list(range(20))
     assert all(answer.strip() for _, answer in answers)

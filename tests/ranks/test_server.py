@@ -3,7 +3,8 @@
 import asyncio
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
@@ -20,15 +21,30 @@ WATCHDOG_S = 240
 
 
 @pytest.fixture(scope="module")
-def server(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def living_server(
+    example_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], Server]]:
     arguments = "--data-parallel-size 2 --enable-expert-parallel --enforce-eager"
     arguments += " --no-enable-prefix-caching --dtype float32"
     arguments += " --moe-capacity-mode expanded --moe-capacity-factor 1.0"
-    folder = tmp_path_factory.mktemp("server")
-    with serve(
-        example_model, folder, *arguments.split(), **CLUSTER, VLLM_LOG_STATS_INTERVAL="5"
-    ) as running:
-        yield running
+    env = {**CLUSTER, "VLLM_LOG_STATS_INTERVAL": "5"}
+    started: list[Server] = []
+    with ExitStack() as stack:
+
+        def living() -> Server:
+            if not started or started[-1].process.poll() is not None:
+                folder = tmp_path_factory.mktemp("server")
+                running = serve(example_model, folder, *arguments.split(), **env)
+                started.append(stack.enter_context(running))
+            return started[-1]
+
+        yield living
+
+
+@pytest.fixture
+def server(living_server: Callable[[], Server]) -> Server:
+    """The server of the test before, or a new one where that test has ended it."""
+    return living_server()
 
 
 def client_of(server: Server) -> openai.AsyncOpenAI:
@@ -108,7 +124,7 @@ def settled(server: Server, answered: list[tuple[int, int] | None]) -> None:
     Every token but the last generated one of a request passes every layer once.
     """
     tokens = sum(prompt + completion - 1 for prompt, completion in filter(None, answered))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + WATCHDOG_S
     while True:
         found = server.metrics()
         (counted,) = [
@@ -133,7 +149,7 @@ def workers_of(server: Server) -> list[psutil.Process]:
 
 
 def test_a_killed_worker_ends_the_server_and_clients_get_errors(server):
-    """The last test of this server. `serve` checks that no process is left.
+    """`serve` checks that no process is left.
 
     Every client asks again and again, so that the load outlasts the kill however slow a client is:
     the server may be done with an answer long before its client has read it.
@@ -159,5 +175,5 @@ def test_a_killed_worker_ends_the_server_and_clients_get_errors(server):
         return await asyncio.gather(*asked)
 
     asyncio.run(asyncio.wait_for(load(), WATCHDOG_S))
-    assert server.process.wait(timeout=60) != 0
+    assert server.process.wait(timeout=WATCHDOG_S) != 0
     assert "died unexpectedly" in server.text()

@@ -6,7 +6,7 @@ Experts are spread unevenly over the ranks; four ranks share the two cores.
 from typing import Any
 
 import pytest
-from clusters import DATA_PARALLEL, TENSOR_PARALLEL
+from clusters import DATA_PARALLEL, TENSOR_PARALLEL, cores
 from comparing import assert_same
 
 from vllm_capmoe.integration.metrics import layers_of
@@ -53,7 +53,7 @@ def test_ranks_are_one_process_to_rounding(
     ray = "ray" in layout.values()
     env = dict(request.getfixturevalue("ray_cluster")) if ray else {}
     if tensor * data == 4:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1|0|1"
+        env["VLLM_CPU_OMP_THREADS_BIND"] = cores(4)
     requests = [{**r, "rank": n % 2 if data > 1 else None} for n, r in enumerate(REQUESTS)]
     ours = run_ranks(
         requests, model=str(nine_experts), record="loads", env=env, **UNLIMITED, **layout
