@@ -1,4 +1,10 @@
-"""What every test may use: the example script as a module, one example checkpoint, GPU skipping."""
+"""What every test may use: the example script as a module, one example checkpoint, GPU skipping.
+
+Where there is no GPU, the tests of the kernels run under Triton's interpreter. Triton decides when
+it is imported whether its kernels are compiled or interpreted, its own library of them included. So
+it is imported here, before any test is, with TRITON_INTERPRET=1 for as long as that takes. Tests
+and the processes they start don't see it, but for those of tests/kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +15,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
+
+        import capmoe_kernels.experts
+        import capmoe_kernels.routing  # noqa: F401
 
 # Requests to servers of the tests must not go through a proxy.
 for name in ("no_proxy", "NO_PROXY"):
@@ -48,8 +63,6 @@ def example_model(make_mixtral: ModuleType, tmp_path_factory: pytest.TempPathFac
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where there is no CUDA device, and tests marked cpu where there is."""
-    import torch
-
     has_gpu = torch.cuda.is_available()
     reason = "needs vLLM's CPU build" if has_gpu else "needs a CUDA device"
     for item in items:
