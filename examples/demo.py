@@ -95,7 +95,7 @@ def fetch_loads(base_url: str) -> list[LoadRow]:
     try:
         with urllib.request.urlopen(asked, timeout=REQUEST_LIMIT_S) as answer:
             layers = json.load(answer)["results"][0]
-    except (urllib.error.URLError, OSError, KeyError, ValueError) as error:
+    except (urllib.error.URLError, OSError, LookupError, ValueError) as error:
         raise DemoError(f"the loads could not be read: {error}") from error
     return [
         LoadRow(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from capmoe_kernels import experts as kernels
 from capmoe_kernels import routing
 
 pytest.importorskip("vllm")
@@ -15,8 +17,15 @@ if not routing.INTERPRETED:
 
 from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
 from vllm.forward_context import override_forward_context
+from vllm.model_executor.layers.fused_moe.activation import (
+    ApplyMoEActivationConfig as ApplyMoEActivation,
+)
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 
+from vllm_capmoe.experts import fused_experts_torch
 from vllm_capmoe.integration import custom_ops, stats
+from vllm_capmoe.integration.experts import TritonExperts
 
 
 @pytest.mark.parametrize("asked", MODELS.values(), ids=MODELS)
@@ -71,6 +80,51 @@ def test_a_rank_takes_its_part_of_the_seats_and_only_with_the_experts_they_came_
         heads.append(int(seats.offsets[0]))
         assert made.seats_of(experts, count, expert_map) is None, "taken already"
     assert heads == [0, sum(loads[:5])] and sum(loads) == int((experts >= 0).sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "gathered", "most"),
+    [
+        ({}, False, 5),  # ceil(0.5 * 37 * 4 / 16)
+        ({"factor": "inf"}, False, None),
+        ({"scope": "request"}, False, None),  # every request has a limit of its own
+        ({}, True, None),  # so has every rank
+    ],
+    ids=["batch", "no limit", "requests", "gathered rows"],
+)
+def test_the_capacity_bounds_the_grid(
+    settings: dict[str, Any],
+    gathered: bool,
+    most: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the layer's experts under vLLM tell the kernels, and that the kernels launch by it."""
+    settings = {"mode": "drop", "factor": 0.5, "min_capacity": 1, **settings}
+    router = make(MIXTRAL, prompt_of_one_request(), "triton", **settings)
+    layer = TritonExperts.__new__(TritonExperts)
+    layer.quant_config, layer.activation_config = FUSED_MOE_UNQUANTIZED_CONFIG, ApplyMoEActivation()
+    layer.moe_config = SimpleNamespace(activation=MoEActivation.SILU)
+    bounds: list[int | None] = []
+
+    def grid_size(*arguments: Any) -> int:
+        bounds.append(arguments[-1])
+        return launched(*arguments)
+
+    launched = kernels.grid_size
+    monkeypatch.setattr(kernels, "grid_size", grid_size)
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(T, 32, generator=generator)
+    w13 = torch.randn(E, 32, 32, generator=generator) / 6
+    w2 = torch.randn(E, 32, 16, generator=generator) / 4
+    with override_forward_context(forward_context()):
+        weights, experts = router.route(torch.randn(T, E, generator=generator), None)
+    if gathered:
+        experts = experts.clone()
+    out = torch.full_like(hidden, torch.nan)
+    layer.compute(router, out, hidden, w13, w2, weights, experts, None)
+    assert bounds == [most, most]  # of both products
+    plain = fused_experts_torch(hidden, w13, w2, weights, experts, activation="silu")
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_the_totals_are_in_one_order() -> None:

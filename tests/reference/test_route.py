@@ -152,6 +152,7 @@ def test_a_negative_nan_is_a_nan() -> None:
         (0.1 + 0.2, 10, 4),  # written 0.30000000000000004: more than 3
         (1 / 3, 3, 1),  # written 0.3333333333333333: just below 1
         (1 / 3, 30, 10),
+        (1 / 3, 2048, 683),  # 682.67; its numerator times 8192 tokens passes 2^64
         (1.5, 3, 5),  # 4.5
         (2, 10, 20),
         (1e-300, 10, 1),  # any seat at all, since it is above 0

@@ -219,6 +219,21 @@ def test_refuses(changes: dict[str, object], parts: Sequence[str]) -> None:
         assert part in str(error.value)
 
 
+def test_refuses_sizes_that_sort_keys_do_not_hold() -> None:
+    with pytest.raises(ValueError, match=r"2 x 268435456 elements in 1 requests, but T \* E"):
+        route(torch.zeros(1).expand(2, 2**28), 1, config())
+    # 2^17 requests on 2^12 devices: 2^29 bins, though T * E is 2^18 only.
+    T = 2**17
+    with pytest.raises(ValueError, match=r"131072 x 2 elements in 131072 requests"):
+        route(
+            torch.zeros(1).expand(T, 2),
+            1,
+            config(scope="request", level="device"),
+            request_ids=torch.arange(T),
+            expert_device=torch.tensor([0, 2**12 - 1]),
+        )
+
+
 def test_what_an_option_needs_is_not_asked_for_when_off() -> None:
     settings = config(
         "off", level="device", scope="request", priority="text-first", candidates="local"
