@@ -26,7 +26,6 @@ def llm_config(model: str, ranks: int, mode: str, factor: float | str, accelerat
         model_loading_config={"model_id": Path(model).name, "model_source": model},
         accelerator_type=accelerator or None,
         deployment_config={"num_replicas": 1},
-        log_engine_metrics=False,
         engine_kwargs=engine_kwargs(ranks, mode, factor),
     )
 

@@ -8,8 +8,8 @@ SPEC: {"engine": keywords of AsyncEngineArgs, "requests": [{"prompt": text, "max
 Greedy, with log-probabilities. All requests are queued, in their order, before the first step, and
 all ranks have stopped after the same step when the records are fetched: what shares a step doesn't
 depend on how fast anyone is. The result has the outputs as run_engine.py writes them, and, where
-recorded, for every engine and worker of it the records, the counters, and what the experts
-received: `records[engine][worker]` and so on.
+recorded, for every engine and worker of it the records, the counters, their totals, and what the
+experts received: `records[engine][worker]` and so on.
 """
 
 import asyncio
@@ -98,6 +98,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
             result["received"] = await tell_all(received)
             result["records"] = await tell_all("moe_capacity_records")
             result["counters"] = await tell_all("moe_capacity_counters")
+            result["totals"] = await tell_all("moe_capacity_totals")
         return {"batches": [outputs], **result}
     finally:
         engine.shutdown()

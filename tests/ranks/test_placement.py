@@ -16,7 +16,6 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.integration import layers
 from vllm_capmoe.integration.layers import Placement, placement
-from vllm_capmoe.integration.metrics import Summary, layers_of
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
@@ -247,15 +246,3 @@ def test_capacity_is_decided_on_logical_experts(tokens, monkeypatch):
     loads = torch.bincount(physical[physical >= 0].long(), minlength=E + 2)
     assert int(loads[0] + loads[8]) == record["load_after"][0] <= 5 + 5  # five decode tokens
     assert loads[8] > 0 and int((physical < 0).sum()) == int((logical[0] < 0).sum()) > 0
-
-
-def test_counters_add_up_over_engines_and_parts_but_not_over_copies():
-    """Engine 0: two tensor parallel ranks counting the same; engine 1: two parts of its tokens."""
-
-    def counters(part: int, load: int) -> list[dict[str, Any]]:
-        stats = LayerStats.allocate("layer", 2, CPU, part)
-        stats.counts[: 2 * 2] += load  # loads of two experts, before and after
-        return [stats.counters()]
-
-    engines = [[counters(0, 10), counters(0, 10)], [counters(0, 100), counters(1, 1000)]]
-    assert Summary.of(layers_of(engines)).assignments == 2 * (10 + 100 + 1000)

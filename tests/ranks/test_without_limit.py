@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from clusters import DATA_PARALLEL, TENSOR_PARALLEL, cores
 from comparing import assert_same
+from counting import layers_of
 
-from vllm_capmoe.integration.metrics import layers_of
+from vllm_capmoe.integration import stats
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
@@ -60,6 +61,10 @@ def test_ranks_are_one_process_to_rounding(
     )
     assert_same(one_process, ours)
     assert total_loads(ours) == total_loads(one_process)
+    # What the series are made of: every layer once, whoever counted it.
+    answers = [worker for engine in ours["totals"] for worker in engine]
+    published = {key: sum(answer[key] for answer in answers) for key in answers[0]}
+    assert published == pytest.approx(stats.totals(layers_of(ours["counters"])))
     log = ours["log"]
     assert ("RayWorkerProc" in log) == ray
     assert f"ranks={tensor * data}, backend=torch (auto)" in log

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration import checks, phantom
 from vllm_capmoe.integration.router import CapacityRouter
-from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.integration.stats import LayerStats, read, totals
 from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.plan import Plan, resolve
 
@@ -229,12 +229,25 @@ def log_dropped(layer: MoERunner, *, skipped: bool) -> None:
         )
 
 
+def _read(layers: list[MoERunner]) -> list[dict[str, Any]]:
+    """Their counters. Nothing is changed here: with Ray's compiled DAG a step may run meanwhile."""
+    started = not any(layer.router.tokens.before_first_step for layer in layers)
+    return read([layer.router.stats for layer in layers], started)
+
+
 def moe_capacity_counters(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
     """The counters of every layer of this worker since it started, see `LayerStats.counters`."""
-    layers = moe_layers(vllm_config)
-    for layer in layers:
-        layer.router.tokens.begin()  # a rank without requests has had dummy runs only
-    return [layer.router.stats.counters() for layer in layers]
+    return _read(moe_layers(vllm_config))
+
+
+def moe_capacity_totals(vllm_config: "VllmConfig") -> dict[str, float]:
+    """What this worker adds to the counters of its engine, see `stats.totals`.
+
+    Tensor parallel ranks that route the same tokens count the same: the first of them answers.
+    """
+    rank = get_tensor_model_parallel_rank()
+    layers = [layer for layer in moe_layers(vllm_config) if layer.router.stats.part == rank]
+    return totals(_read(layers))
 
 
 def moe_capacity_record(vllm_config: "VllmConfig", on: bool, rows: bool = True) -> None:

@@ -1,8 +1,11 @@
-"""What an operator sees: Prometheus series on vLLM's `/metrics` and a line in its periodic log.
+"""What an operator sees: Prometheus series on vLLM's `/metrics` and a line in its log.
 
-The counters live in the workers (see stats.py). vLLM's front end logs its statistics every
-VLLM_LOG_STATS_INTERVAL seconds; we ask the workers at that occasion, add what is new to the
-series, and log one line if anything happened. The steps themselves are not touched.
+The counters live in the workers (see stats.py). Every VLLM_LOG_STATS_INTERVAL seconds the front end
+asks the workers for their sums, adds what is new to the series, and logs one line if anything
+happened. The steps themselves are not touched.
+
+The series are made of the class of counters that vLLM's own are made of (Ray has one of its own),
+once in a process, for all its engines.
 
 The imbalance over any interval, weighted by the size of the steps, is the ratio of two rates:
 
@@ -10,145 +13,165 @@ The imbalance over any interval, weighted by the size of the steps, is the ratio
       / rate(vllm:moe_capacity_mean_load_total{when="before"}[5m])
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from prometheus_client import REGISTRY
+from prometheus_client import Counter as PrometheusCounter
+from vllm.logger import init_logger
+
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.stats import TABLE
 
-_HELP = {
-    "assignments": "Token-expert assignments that the models' routers made.",
-    "dropped_assignments": "Assignments that capacity dropped.",
-    "expanded_assignments": "Assignments outside of a token's top-k that Expanded Drop added.",
-    "tokens_without_expert": "Tokens that lost all their experts in a layer.",
-    "peak_load": "Load of the busiest expert, added up over layers and steps.",
-    "mean_load": "Mean load of the experts, added up over layers and steps.",
-}
+logger = init_logger("vllm.capmoe")
+
+PUBLISHED = [counter for counter in TABLE if counter.series]
+Totals = dict[str, float]  # by key of `PUBLISHED`
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Counters added up over layers; all grow with time."""
+class _Collector:
+    """Our series in prometheus_client's registry.
 
-    assignments: int = 0
-    dropped: int = 0
-    expanded: int = 0
-    left_without: int = 0
-    peak_before: int = 0
-    peak_after: int = 0
-    mean_before: float = 0.0
-    mean_after: float = 0.0
-
-    @classmethod
-    def of(cls, layers: Iterable[dict[str, Any]]) -> "Summary":
-        """From the layers' counters (`LayerStats.counters`)."""
-        total = cls()
-        for layer in layers:
-            before, after = layer["load_before"], layer["load_after"]
-            total = cls(
-                total.assignments + sum(before),
-                total.dropped + layer["dropped"],
-                total.expanded + layer["expanded"],
-                total.left_without + layer["left_without"],
-                total.peak_before + layer["max_before"],
-                total.peak_after + layer["max_after"],
-                total.mean_before + sum(before) / len(before),
-                total.mean_after + sum(after) / len(after),
-            )
-        return total
-
-    def __sub__(self, other: "Summary") -> "Summary":
-        return Summary(*(getattr(self, f) - getattr(other, f) for f in self.__dataclass_fields__))
-
-    def __str__(self) -> str:
-        share = 100.0 / max(1, self.assignments)
-        return (
-            f"assignments {self.assignments}, dropped {self.dropped * share:.1f}%, "
-            f"expanded {self.expanded * share:.1f}%, tokens without expert {self.left_without}, "
-            f"load max/mean {self.peak_before / max(1e-9, self.mean_before):.2f} -> "
-            f"{self.peak_after / max(1e-9, self.mean_after):.2f}"
-        )
-
-
-def layers_of(engines: Iterable[list[list[dict[str, Any]]]]) -> Iterable[dict[str, Any]]:
-    """The layers' counters of all data-parallel engines; every engine answers worker by worker.
-
-    Within an engine each layer is taken once, since its tensor parallel ranks all count the same
-    tokens; under sequence parallelism once for each part of the tokens.
+    vLLM takes all collectors whose `_name` begins with "vllm:" out of the registry whenever it
+    makes an engine, and makes its own anew. This one has no such name, and stays.
     """
-    for workers in engines:
-        counted = {(layer["layer"], layer["part"]): layer for each in workers for layer in each}
-        yield from counted.values()
+
+    def __init__(self, series: Iterable[PrometheusCounter]):
+        self.series = list(series)
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterable[Any]:
+        for each in self.series:
+            yield from each.collect()
 
 
-class Series:
-    """The Prometheus series of one engine, and how far they have been advanced."""
+@functools.cache
+def series_of(counter_cls: Any) -> dict[str, Any]:
+    """Series -> its counter, which has the label `model_name` before those of `TABLE`."""
+    made: dict[str, Any] = {}
+    registry = {"registry": None} if counter_cls is PrometheusCounter else {}
+    for each in PUBLISHED:
+        if each.series not in made:
+            name, labels = f"vllm:moe_capacity_{each.series}", ["model_name", *each.labels]
+            made[each.series] = counter_cls(name, each.help, labels, **registry)
+    if counter_cls is PrometheusCounter:
+        REGISTRY.register(_Collector(made.values()))
+    return made
 
-    def __init__(self, model_name: str):
-        from prometheus_client import Counter
 
-        def counter(name: str, *labels: str) -> Any:
-            return Counter(f"vllm:moe_capacity_{name}", _HELP[name], ["model_name", *labels])
+class Publisher:
+    """Publishes what the workers of one engine count.
 
-        self.seen = Summary()
-        self.assignments = counter("assignments").labels(model_name)
-        self.dropped = counter("dropped_assignments").labels(model_name)
-        self.expanded = counter("expanded_assignments").labels(model_name)
-        self.left_without = counter("tokens_without_expert").labels(model_name)
-        peak, mean = counter("peak_load", "when"), counter("mean_load", "when")
-        self.peak_before = peak.labels(model_name, "before")
-        self.peak_after = peak.labels(model_name, "after")
-        self.mean_before = mean.labels(model_name, "before")
-        self.mean_after = mean.labels(model_name, "after")
+    Args:
+        model_name: the label of its series.
+        counter_classes: those of vLLM's loggers.
+        ask: returns what every worker of every engine has counted.
+    """
 
-    def advance(self, now: Summary) -> Summary:
-        """Add what is new since the last call, and return it."""
-        new = now - self.seen
+    def __init__(
+        self,
+        model_name: str,
+        counter_classes: Iterable[Any],
+        ask: Callable[[], Awaitable[list[list[Totals]]]],
+    ):
+        self.model_name, self.counter_classes, self.ask = model_name, list(counter_classes), ask
+        self.seen: Totals = {}
+        self.failing = False
+
+    async def publish(self) -> None:
+        """Ask, add what is new to the series, and log it.
+
+        Statistics must not take a server down: what can't be read is one line in the log, and
+        another one only after it could be read in between.
+        """
+        try:
+            new = self.advance(await self.ask())
+        except Exception as error:
+            if not self.failing:
+                logger.warning("MoE capacity: the workers' counters could not be read: %r", error)
+            self.failing = True
+            return
+        self.failing = False
+        if new["assignments"]:
+            logger.info("MoE capacity: %s", as_text(new))
+
+    def advance(self, engines: list[list[Totals]]) -> Totals:
+        """Add what is new since the last call to the series, and return it."""
+        workers = [worker for engine in engines for worker in engine]
+        now = {each.key: sum(worker[each.key] for worker in workers) for each in PUBLISHED}
+        new = {key: max(0, value - self.seen.get(key, 0)) for key, value in now.items()}
+        for series in map(series_of, self.counter_classes):
+            for each in PUBLISHED:
+                child = series[each.series].labels(self.model_name, *each.labels.values())
+                child.inc(new[each.key] * each.unit)
         self.seen = now
-        for name in Summary.__dataclass_fields__:
-            getattr(self, name).inc(max(0, getattr(new, name)))
         return new
 
+    async def publish_while(self, engine: "asyncio.Future[Any]", interval: float) -> None:
+        """Publish every `interval` seconds until `engine`, vLLM's own task, has ended."""
+        while not (await asyncio.wait([engine], timeout=interval))[0]:
+            publishing = asyncio.ensure_future(self.publish())
+            await asyncio.wait([engine, publishing], return_when=asyncio.FIRST_COMPLETED)
+            publishing.cancel()  # a dead engine doesn't answer
 
-_series: dict[str, Series] = {}
+
+def as_text(new: Totals) -> str:
+    """The line of the log."""
+    share = 100.0 / max(1, new["assignments"])
+    before, after = (new[f"max_{w}"] / max(1e-9, new[f"mean_{w}"]) for w in ("before", "after"))
+    return (
+        f"assignments {new['assignments']:.0f}, dropped {new['dropped'] * share:.1f}%, "
+        f"expanded {new['expanded'] * share:.1f}%, tokens without expert "
+        f"{new['left_without']}, load max/mean {before:.2f} -> {after:.2f}"
+    )
 
 
 def patches() -> list[Patch]:
-    """What publishes with every periodic log of the front end.
+    """What begins to publish when an engine's front end begins to listen to it.
 
-    vllm.v1.engine.async_llm.AsyncLLM.do_log_stats. It can go once workers can add to vLLM's
-    SchedulerStats.
+    vllm.v1.engine.async_llm.AsyncLLM._run_output_handler: called before any request, within an
+        event loop. It can go once workers can add to vLLM's SchedulerStats.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return [Patch(AsyncLLM, "do_log_stats", _publish_too, ("self",))]
+    return [Patch(AsyncLLM, "_run_output_handler", _publish_too, ("self",))]
 
 
 def _publish_too(original: Function) -> Function:
-    async def do_log_stats(self: Any) -> None:
-        await original(self)
-        from vllm.logger import init_logger
+    def _run_output_handler(self: Any) -> None:
+        listening = self.output_handler is not None
+        original(self)
+        if not listening:
+            _start(self)
 
-        from vllm_capmoe.integration.engine_args import capacity_config
+    return _run_output_handler
 
-        client = self.engine_core
-        enabled = capacity_config(self.vllm_config.additional_config).enabled
-        if not enabled or client.client_index != 0:  # one of several API servers speaks for all
-            return
-        logger = init_logger("vllm.capmoe")
-        try:
-            engines = await client.call_utility_all_async(
-                "collective_rpc", "moe_capacity_counters", None, (), {}
-            )
-        except Exception:  # statistics must not take a server down; the engine reports its own end
-            logger.exception("MoE capacity: the workers' counters could not be read")
-            return
-        name = self.vllm_config.model_config.served_model_name
-        name = name if isinstance(name, str) else name[0]
-        if name not in _series:
-            _series[name] = Series(name)
-        new = _series[name].advance(Summary.of(layers_of(engines)))
-        if new.assignments:
-            logger.info("MoE capacity: %s", new)
 
-    return do_log_stats
+def _start(engine: Any) -> None:
+    """Publish for an `AsyncLLM`, if a mode is on and vLLM itself keeps statistics of it."""
+    import vllm.envs as envs
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    from vllm_capmoe.integration.engine_args import capacity_config
+
+    client, vllm_config = engine.engine_core, engine.vllm_config
+    enabled = capacity_config(vllm_config.additional_config).enabled
+    # One of several API servers speaks for all.
+    if not enabled or engine.logger_manager is None or client.client_index != 0:
+        return
+    loggers = engine.logger_manager.stat_loggers
+    classes = {each._counter_cls for each in loggers if isinstance(each, PrometheusStatLogger)}
+
+    async def ask() -> list[list[Totals]]:
+        rpc: tuple[Any, ...] = ("collective_rpc", "moe_capacity_totals", None, (), {})
+        return await client.call_utility_all_async(*rpc)
+
+    name = vllm_config.model_config.served_model_name
+    publisher = Publisher(name if isinstance(name, str) else name[0], classes, ask)
+    engine.moe_capacity_publishing = asyncio.create_task(
+        publisher.publish_while(engine.output_handler, envs.VLLM_LOG_STATS_INTERVAL)
+    )

@@ -1,13 +1,16 @@
 """What capacity did, counted layer by layer: on the device, without reading anything back.
 
 Counters only ever grow, so that readers (Prometheus, the log, tests) take differences at their own
-pace. A reader gets them through `collective_rpc("moe_capacity_counters")`, which vLLM runs on
-every worker between two steps.
+pace. `TABLE` lists them all: a new counter is a row there, and where the routing kernel counts by
+itself a number there too. Readers reach them through `collective_rpc`, which vLLM runs on every
+worker between two steps: `moe_capacity_counters` for each layer, `moe_capacity_totals` summed up.
 """
 
 import hashlib
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,18 +18,89 @@ from torch import Tensor
 
 from vllm_capmoe.reference import Selection
 
-TOTALS = ("steps", "dropped", "expanded", "left_without", "max_before", "max_after")
 MAX_RECORDS = 100_000
+
+Layer = dict[str, Any]  # the counters of a layer as plain numbers, see `LayerStats.counters`
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A number that is counted in every layer.
+
+    key: its name in a layer's counters (if it has `step`) and in `totals` (if it has a `series`).
+    step: what one step adds to it on the device, an integer or bool tensor []; None for what
+        follows from the others of a layer, by `layer`.
+    series, labels, help: its Prometheus series, `vllm:moe_capacity_{series}_total`, if it has one,
+        with its labels beside `model_name`, and what the series says of itself. Counters of one
+        series have the same labels with different values.
+    unit: what 1 stands for in the series, for fixed point numbers.
+    """
+
+    key: str
+    step: Callable[[Selection], Tensor] | None = None
+    layer: Callable[[Layer], float] | None = None
+    series: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    help: str = ""
+    unit: float = 1.0
+
+    def of(self, layer: Layer) -> float:
+        """What a layer has counted."""
+        return float(self.layer(layer)) if self.layer else layer[self.key]
+
+
+def _mean(loads: Sequence[int]) -> float:
+    return sum(loads) / len(loads)
+
+
+_PEAK = "Load of the busiest expert, added up over layers and steps."
+_MEAN = "Mean load of the experts, added up over layers and steps."
+_BEFORE, _AFTER = {"when": "before"}, {"when": "after"}
+
+TABLE = (
+    Counter("steps", lambda s: s.load_before.amax() > 0),  # a dummy step has no tokens
+    Counter(
+        "dropped",
+        lambda s: s.dropped,
+        series="dropped_assignments",
+        help="Assignments that capacity dropped.",
+    ),
+    Counter(
+        "expanded",
+        lambda s: s.expanded,
+        series="expanded_assignments",
+        help="Assignments outside of a token's top-k that Expanded Drop added.",
+    ),
+    Counter(
+        "left_without",
+        lambda s: s.left_without,
+        series="tokens_without_expert",
+        help="Tokens that lost all their experts in a layer.",
+    ),
+    Counter("max_before", lambda s: s.load_before.amax(), None, "peak_load", _BEFORE, _PEAK),
+    Counter("max_after", lambda s: s.load_after.amax(), None, "peak_load", _AFTER, _PEAK),
+    Counter(
+        "assignments",
+        layer=lambda counted: sum(counted["load_before"]),
+        series="assignments",
+        help="Token-expert assignments that the models' routers made.",
+    ),
+    Counter("mean_before", None, lambda c: _mean(c["load_before"]), "mean_load", _BEFORE, _MEAN),
+    Counter("mean_after", None, lambda c: _mean(c["load_after"]), "mean_load", _AFTER, _MEAN),
+)
+_STEPS = {counter.key: counter.step for counter in TABLE if counter.step}
+TOTALS = tuple(_STEPS)
+"""What is counted beside the loads, in the order in which the routing kernel does it."""
 
 
 @dataclass
 class LayerStats:
     """Counters of one layer.
 
-    counts: int64 [2 * E + 6]: assignments per expert before capacity, those after, and the totals
-        in the order of `TOTALS`; `max_before` and `max_after` add up the largest load of each step,
-        the number that a step waits for under expert parallelism. As the routing kernel adds a
-        step to it by itself.
+    counts: int64 [2 * E + len(TOTALS)]: assignments per expert before capacity, those after, and
+        the totals in the order of `TOTALS`; `max_before` and `max_after` add up the largest load of
+        each step, the number that a step waits for under expert parallelism. As the routing kernel
+        adds a step to it by itself.
     part: which part of the engine's tokens this worker routes: its tensor parallel rank under
         sequence parallelism; 0 where all workers of the engine route all tokens, and count alike.
     records: the routing of every step, kept only while `recording` is on (tests and traces);
@@ -53,16 +127,8 @@ class LayerStats:
 
     def add(self, selection: Selection) -> None:
         """Count one step."""
-        before, after = selection.load_before, selection.load_after
-        totals = (
-            before.amax() > 0,  # a dummy step has no tokens
-            selection.dropped,
-            selection.expanded,
-            selection.left_without,
-            before.amax(),
-            after.amax(),
-        )
-        self.counts += torch.cat((before, after, torch.stack([n.long() for n in totals])))
+        totals = torch.stack([step(selection).long() for step in _STEPS.values()])
+        self.counts += torch.cat((selection.load_before, selection.load_after, totals))
 
     def record(self, selection: Selection, **tokens: Tensor | None) -> None:
         """Keep one step: the decision, and what `tokens` says of its rows (tensors [T, ...]).
@@ -83,9 +149,31 @@ class LayerStats:
             step |= {name: None if rows is None else rows.tolist() for name, rows in tokens.items()}
         self.records.append(step)
 
-    def counters(self) -> dict[str, Any]:
-        """All counters as plain numbers, keys as `TOTALS`, with the loads by expert beside."""
-        numbers, E = self.counts.tolist(), (self.counts.numel() - len(TOTALS)) // 2
+    def counters(self, numbers: list[int] | None = None) -> Layer:
+        """All counters as plain numbers, keys as `TOTALS`, with the loads by expert beside.
+
+        numbers: the counts, where they are on the host already.
+        """
+        numbers, E = numbers or self.counts.tolist(), (self.counts.numel() - len(TOTALS)) // 2
         totals = dict(zip(TOTALS, numbers[2 * E :], strict=True))
         counts = {"load_before": numbers[:E], "load_after": numbers[E : 2 * E], **totals}
         return {"layer": self.name, "part": self.part, **counts}
+
+
+def read(layers: Sequence[LayerStats], started: bool = True) -> list[Layer]:
+    """The counters of several layers, by one copy from the device.
+
+    started: whether a real step has come; until then the counts are those of dummy runs, and all
+        numbers here are 0.
+    """
+    if not layers:
+        return []
+    counts = torch.cat([layer.counts for layer in layers])
+    found = iter((counts if started else torch.zeros_like(counts, device="cpu")).tolist())
+    return [layer.counters(list(islice(found, layer.counts.numel()))) for layer in layers]
+
+
+def totals(layers: Iterable[Layer]) -> dict[str, float]:
+    """What the layers have counted together, for every counter that has a series."""
+    layers = list(layers)
+    return {each.key: sum(each.of(layer) for layer in layers) for each in TABLE if each.series}

@@ -30,8 +30,8 @@ class StepTokens:
 
     is_decode: bool [max_tokens]. request: int64 [max_tokens], 0..num_requests-1.
     max_requests: the most that a step can have. num_requests: those of this step.
-    before_first_step: called once, by `begin`: when the first real step comes or the counters are
-        first read, after all dummy runs of the start.
+    before_first_step: called once, by `begin`, when the first real step comes, after all dummy
+        runs of the start; empty from then on.
 
     Rows past the step's tokens hold leftovers of earlier steps; the padding mask of the forward
     context covers them. Dummy runs fill nothing: they are padding throughout, except the
@@ -59,8 +59,9 @@ class StepTokens:
 
     def begin(self) -> None:
         """The start is over: what was counted in it doesn't count."""
-        while self.before_first_step:
-            self.before_first_step.pop()()
+        for reset in self.before_first_step:
+            reset()
+        self.before_first_step.clear()  # after the resets: a reader in another thread looks at it
 
     def fill(self, request_T: Tensor, positions_T: Tensor, prompt_len_R: Tensor) -> None:
         """Record a step of T real tokens: whose each is, its position, each request's prompt."""

@@ -45,8 +45,8 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     """Install the execution-path patches and give `worker` its extra methods.
 
     The methods, all reached by `collective_rpc`: `moe_capacity_counters()` returns the counters of
-    every layer; `moe_capacity_record(on, rows)` starts or stops keeping every step's routing;
-    `moe_capacity_records()` returns what was kept.
+    every layer, `moe_capacity_totals()` their sums; `moe_capacity_record(on, rows)` starts or stops
+    keeping every step's routing; `moe_capacity_records()` returns what was kept.
     """
     compat.check_version()
     checks.check_environment(config)
@@ -69,6 +69,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     worker.load_model = load_model_and_bind
     for method in (
         layers.moe_capacity_counters,
+        layers.moe_capacity_totals,
         layers.moe_capacity_record,
         layers.moe_capacity_records,
     ):
