@@ -12,6 +12,7 @@ import vllm
 from engines import VLLM, environment, free_port
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import ModelRegistry
 
 import vllm_capmoe
 from vllm_capmoe import CapacityConfig
@@ -131,6 +132,22 @@ def test_layouts_that_are_not_served(example_model, setting, value, message):
     config = engine_config(example_model)
     setattr(config.parallel_config, setting, value)
     with pytest.raises(ValueError, match=f"--moe-capacity-mode is 'drop', but {message}"):
+        checks.check_engine(CapacityConfig(mode="drop"), config)
+
+
+@pytest.mark.parametrize("name", checks.UNSERVED_MODELS)
+def test_models_that_would_be_routed_wrongly(example_model, name):
+    config = engine_config(example_model)
+    config.model_config.model_arch_config.architectures = [name]
+    assert ModelRegistry.get_supported_archs() >= {name} or name == "FlintForCausalLM"  # of 0.33
+    with pytest.raises(ValueError, match=f"mode is 'drop', but {name} .*: 'off' is accepted"):
+        checks.check_engine(CapacityConfig(mode="drop"), config)
+
+
+def test_rows_of_last_tokens_only_are_refused(example_model):
+    config = engine_config(example_model)
+    config.cache_config.kv_sharing_fast_prefill = True
+    with pytest.raises(ValueError, match="--kv-sharing-fast-prefill is True: False is accepted"):
         checks.check_engine(CapacityConfig(mode="drop"), config)
 
 

@@ -83,15 +83,38 @@ def test_padding_and_decode_come_from_the_step(tokens, context):
     assert (experts[:25] >= 0).sum() < 25 * K
 
 
-def test_a_forward_pass_without_padding_mask_drops_nothing(tokens, context):
-    """Draft models run that way; nothing is known of their tokens."""
-    made = make(MIXTRAL, tokens, mode="drop", factor=0.01, min_capacity=1)
-    context.is_padding = None
-    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
-    _, topk_ids = made.inner._compute_routing(logits, logits, None)
-    _, experts = made.route(logits, topk_ids)
-    assert [sorted(r) for r in experts.tolist()] == [sorted(r) for r in topk_ids.tolist()]
+@pytest.mark.parametrize("rows", [T - 1, T + 1, 2 * T])
+def test_rows_that_are_not_the_steps_are_never_routed_on_a_guess(tokens, context, rows):
+    """A model that routes the rows of images apart: whose tokens they are isn't known."""
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.5)
+    logits = torch.zeros(rows, E)
+    with pytest.raises(RuntimeError, match=rf"routes {rows} rows of a step of {T} \(part 0 of 1\)"):
+        made.route(logits, logits.topk(K).indices)
     assert made.stats.counters()["steps"] == 0
+
+
+def test_a_forward_pass_without_padding_mask_is_refused(tokens, context):
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.5)
+    context.is_padding = None
+    logits = torch.zeros(T, E)
+    with pytest.raises(RuntimeError, match=f"routes {T} rows of a pass without padding mask"):
+        made.route(logits, logits.topk(K).indices)
+
+
+@pytest.mark.parametrize("mask", [None, "zeros", "shard"])
+@pytest.mark.parametrize("scope", ["batch", "request"])
+def test_a_drafts_layer_routes_as_vllm_and_counts_nothing(asked, tokens, context, mask, scope):
+    """Whatever mask its pass has, and though the step has fewer requests than the buffers say."""
+    made = make(asked, tokens, mode="drop", factor=0.01, min_capacity=1, scope=scope)
+    made.bind_draft()
+    rows = 5 if mask == "shard" else T
+    context.is_padding = None if mask is None else torch.zeros(rows, dtype=torch.bool)
+    tokens.request.fill_(99)
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
+    expected = made.inner._compute_routing(logits, logits, None)
+    got = made.select_experts(hidden_states=logits, router_logits=logits)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert made.stats.counts.sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from vllm.distributed.eplb.eplb_state import EplbLayerState
-from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.forward_context import (
+    DPMetadata,
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.router import base_router
@@ -18,7 +23,7 @@ from vllm_capmoe.integration import layers
 from vllm_capmoe.integration.layers import Placement, placement
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
-from vllm_capmoe.integration.step import StepTokens
+from vllm_capmoe.integration.step import Shard, StepTokens
 from vllm_capmoe.plan import resolve
 
 CPU = torch.device("cpu")
@@ -95,7 +100,7 @@ def test_a_data_parallel_rank_owns_its_tokens():
 
 def test_under_sequence_parallelism_each_rank_owns_its_part():
     found = placed(parallel(3, tp=2, dp=2, sp=2))
-    assert (found.own_device, found.part) == (3, 1)
+    assert (found.own_device, found.shard) == (3, Shard(1, 2, data_parallel_rank=1))
     assert found.expert_device == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -152,7 +157,12 @@ def tokens() -> Iterator[StepTokens]:
 
 
 def router(
-    tokens: StepTokens, part: int = 0, physical: int = E, eplb_state: Any = None, **settings: Any
+    tokens: StepTokens,
+    part: int = 0,
+    parts: int = 1,
+    physical: int = E,
+    eplb_state: Any = None,
+    **settings: Any,
 ) -> Any:
     config = CapacityConfig(mode="drop", factor=0.5, min_capacity=1, **settings)
     inner = CPURouter(top_k=K, global_num_experts=physical)
@@ -175,21 +185,40 @@ def router(
         expert_device_E=torch.zeros(E, dtype=torch.int64),
         own_device=None,
         backend="torch",
-        part=part,
+        shard=Shard(part, parts, data_parallel_rank=1),
     )
     made.stats.recording = True
     return made
 
 
+def cut_by_the_model(monkeypatch: pytest.MonkeyPatch, part: int, parts: int) -> None:
+    """Replace the forward context's mask by the rank's shard, by vLLM's code, as its models do."""
+    from vllm.models.common.ops import sequence_parallel
+
+    for name, value in (("rank", part), ("world_size", parts)):
+        monkeypatch.setattr(
+            sequence_parallel, f"get_tensor_model_parallel_{name}", lambda value=value: value
+        )
+    context = get_forward_context()
+    context.is_padding = sequence_parallel.sp_padding_mask(
+        context.is_padding, torch.zeros(context.is_padding.shape[0], 1)
+    )
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["mask of the batch", "mask cut by the model"])
 @pytest.mark.parametrize("scope", ["batch", "request"])
-def test_sequence_parallel_ranks_see_their_part_of_the_batch(tokens, scope):
+def test_sequence_parallel_ranks_see_their_part_of_the_batch(tokens, scope, cut, monkeypatch):
     """37 rows on two ranks: 19 each, so that the second has one row past the end of the batch."""
+    whole = get_forward_context().is_padding
     logits = torch.randn(38, E, generator=torch.Generator().manual_seed(0))
     topk_ids = logits.topk(K).indices
     records = []
     for part in (0, 1):
         rows = slice(19 * part, 19 * part + 19)
-        made = router(tokens, part, scope=scope)
+        made = router(tokens, part, parts=2, scope=scope)
+        get_forward_context().is_padding = whole
+        if cut:
+            cut_by_the_model(monkeypatch, part, 2)
         made.route(logits[rows], topk_ids[rows])
         records += made.stats.records
         assert made.stats.counters()["part"] == part
@@ -204,6 +233,31 @@ def test_sequence_parallel_ranks_see_their_part_of_the_batch(tokens, scope):
     tokens = (19, 16) if scope == "batch" else (19, 11)
     for record, count in zip(records, tokens, strict=True):
         assert record["capacity"][0] == [max(1, -(-count * K // (2 * E)))]
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["mask of the batch", "mask cut by the model"])
+@pytest.mark.parametrize("real", [1, 2, 3])
+def test_one_row_on_each_of_three_ranks(tokens, real, cut, monkeypatch):
+    """A mask of one row is all of a batch of one, or a rank's row of a batch of two or three."""
+    tokens.fill(torch.zeros(real, dtype=torch.int64), torch.arange(real), torch.tensor([real]))
+    padding = []
+    for part in range(3):
+        context = get_forward_context()
+        context.is_padding = torch.zeros(real, dtype=torch.bool)
+        context.dp_metadata = DPMetadata(torch.tensor([7, real]))
+        if cut:
+            cut_by_the_model(monkeypatch, part, 3)
+        made = router(tokens, part, parts=3)
+        logits = torch.randn(1, E)
+        made.route(logits, logits.topk(K).indices)
+        padding += made.stats.records[0]["is_padding"]
+    assert padding == [n >= real for n in range(3)]
+
+
+def test_a_part_of_other_rows_is_refused(tokens):
+    logits = torch.zeros(18, E)
+    with pytest.raises(RuntimeError, match=r"routes 18 rows of a step of 37 \(part 1 of 2\)"):
+        router(tokens, 1, parts=2).route(logits, logits.topk(K).indices)
 
 
 def test_capacity_is_decided_on_logical_experts(tokens, monkeypatch):

@@ -71,6 +71,11 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
             f"--moe-capacity-max-experts is {config.max_experts}, but {model.model} gives each "
             f"token {top_k} experts: an integer >= {top_k}, 'none' or 'auto' is accepted."
         )
+    for architecture in model.architectures or ():
+        if architecture in UNSERVED_MODELS:
+            raise ValueError(
+                f"{mode} {architecture} {UNSERVED_MODELS[architecture]}: 'off' is accepted with it."
+            )
     for setting, value, accepted in _unserved(vllm_config):
         raise ValueError(f"{mode} {setting} is {value!r}: {accepted} is accepted with it.")
     if config.priority != "uniform":
@@ -102,6 +107,14 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
             f"results that don't depend on the size of a step, as those of {backend!r} may: 'vllm' "
             "is accepted with it."
         )
+
+
+# Models whose layers let us in, but would be routed wrongly.
+UNSERVED_MODELS = {
+    "Ernie4_5_VLMoeForConditionalGeneration": "routes a step's text and images apart, so that the "
+    "limit of neither could be counted",
+    "FlintForCausalLM": "computes small steps by kernels that choose experts by themselves",
+}
 
 
 def check_load_balancing(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
@@ -212,6 +225,8 @@ def _unserved(vllm_config: "VllmConfig") -> list[tuple[str, Any, str]]:
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size, 1),
         # Ranks come and go; where experts live is settled once, when the model is loaded.
         ("--enable-elastic-ep", parallel.enable_elastic_ep, False),
+        # Some layers would see only the rows of the last tokens.
+        ("--kv-sharing-fast-prefill", vllm_config.cache_config.kv_sharing_fast_prefill, False),
         # LoRA's expert kernels aren't ours, and they know no dropped assignments.
         ("--enable-lora", vllm_config.lora_config is not None, False),
         # The capture buffer holds exactly the top-k experts of a token.

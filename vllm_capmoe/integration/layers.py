@@ -1,5 +1,7 @@
 """The MoE layers of a loaded model: bound to the configuration once, read for counters later."""
 
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +10,17 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+    MoEPrepareAndFinalizeNoDPEPModular,
+)
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration import checks, phantom
+from vllm_capmoe.integration import phantom
+from vllm_capmoe.integration.experts import TorchExperts, TritonExperts
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats, read, totals
-from vllm_capmoe.integration.step import StepTokens
+from vllm_capmoe.integration.step import Shard, StepTokens
 from vllm_capmoe.plan import Plan, resolve
 
 if TYPE_CHECKING:
@@ -24,31 +30,49 @@ logger = init_logger("vllm.capmoe")
 
 
 def moe_layers(vllm_config: "VllmConfig") -> list[MoERunner]:
-    """The MoE layers of this process, in the order in which the model made them."""
+    """The MoE layers of this process that are bound, in the order in which the model made them."""
     found = vllm_config.compilation_config.static_forward_context.values()
-    return [layer for layer in found if isinstance(layer, MoERunner)]
+    return [layer for layer in found if isinstance(layer, MoERunner) and _is_bound(layer.router)]
+
+
+def _is_bound(router: Any) -> bool:
+    return isinstance(router, CapacityRouter) and router.plan is not None
 
 
 def bind(
-    config: CapacityConfig, vllm_config: "VllmConfig", device: torch.device, tokens: StepTokens
+    config: CapacityConfig, vllm_config: "VllmConfig", model_runner: Any, tokens: StepTokens
 ) -> None:
-    """Resolve the configuration for every MoE layer, and log the start-up line.
+    """Resolve the configuration for every MoE layer of the model, and log the start-up line.
 
-    tokens: what the routers will read of every step.
+    The layers of a draft model are told apart: nothing is dropped in them, nothing counted. A
+    worker without any MoE layer (a stage of a pipeline) binds nothing.
+
+    model_runner: vLLM's, with its model loaded. tokens: what the routers will read of every step.
 
     Raises:
         ValueError: a layer routes by itself, or the configuration doesn't fit it.
     """
-    backend = checks.resolve_backend(config, vllm_config)
-    layers = moe_layers(vllm_config)
-    for index, layer in enumerate(layers):
-        router = layer.router
+    device = torch.device(model_runner.device)
+    mode = f"--moe-capacity-mode is {config.mode!r}, but layer"
+    bound = 0
+    for layer in layers_of_model(config, vllm_config, model_runner):
+        router, routed = layer.router, layer.routed_experts
         if not isinstance(router, CapacityRouter) or layer.is_monolithic:
-            method = type(layer.routed_experts.quant_method).__name__
             raise ValueError(
-                f"--moe-capacity-mode is {config.mode!r}, but layer {layer.layer_name} routes by "
-                f"itself ({type(router).__name__}, {method}): accepted are layers with vLLM's own "
-                "top-k routers and modular kernels."
+                f"{mode} {layer.layer_name} routes by itself ({type(router).__name__}, "
+                f"{type(routed.quant_method).__name__}): accepted are layers with vLLM's own top-k "
+                "routers and modular kernels."
+            )
+        if layer.do_naive_dispatch_combine:
+            raise ValueError(
+                f"{mode} {layer.layer_name} gathers the rows of all ranks before they are routed "
+                f"({type(routed.quant_method).__name__}): accepted are kernels that vLLM hands "
+                "routed rows to."
+            )
+        if getattr(routed, "expert_substitution", None) is not None:
+            raise ValueError(
+                f"{mode} {layer.layer_name} has experts that were replaced by constants (MoNE): "
+                "accepted are models with all their experts."
             )
         placed = placement(config, layer, router.num_logical_experts)
         plan = resolve(
@@ -59,10 +83,10 @@ def bind(
             has_token_device=placed.own_device is not None,
             renormalize=router.renormalize,
         )
-        weighs_input = layer.routed_experts.apply_router_weight_on_input
-        if weighs_input and (plan.width > 1 or backend == "vllm"):
+        backend = backend_of(layer)
+        if routed.apply_router_weight_on_input and (plan.width > 1 or backend == "vllm"):
             raise ValueError(
-                f"--moe-capacity-mode is {config.mode!r}, but layer {layer.layer_name} weighs the "
+                f"{mode} {layer.layer_name} weighs the "
                 f"experts' input, and {plan.width} experts per token by backend {backend!r} can't: "
                 "one expert per token (--moe-capacity-max-experts 1) and another backend than "
                 "'vllm' are accepted."
@@ -77,28 +101,75 @@ def bind(
                     f"all: --moe-capacity-max-experts {plan.top_k} is accepted."
                 )
             log_dropped(layer, skipped=phantom_expert is not None)
-        stats = LayerStats.allocate(layer.layer_name, plan.num_experts, device, placed.part)
+        stats = LayerStats.allocate(layer.layer_name, plan.num_experts, device, placed.shard.index)
         tokens.before_first_step.append(stats.reset)
         router.bind(
             layer.layer_name,
             plan,
             stats,
             tokens,
-            seed=layer_seed(vllm_config.model_config.seed, layer.layer_id),
+            seed=layer_seed(vllm_config.model_config.seed, layer.layer_name),
             expert_device_E=torch.tensor(placed.expert_device, device=device),
             own_device=placed.own_device,
             backend=backend,
             phantom=phantom_expert,
-            part=placed.part,
-            first_local=placed.first_local,
+            shard=placed.shard,
+            first_local=placed.first_local if keeps_rows(layer) else None,
         )
-        if index == 0:
-            log_start(config, plan, backend, len(layers), placed.ranks)
-    if not layers:
-        raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but no layer of "
-            f"{vllm_config.model_config.model} is a vLLM MoE layer: 'off' is accepted."
-        )
+        bound += 1
+        if bound == 1:
+            first = plan, backend, placed.ranks
+    if bound:
+        log_start(config, *first, bound)
+
+
+def layers_of_model(
+    config: CapacityConfig, vllm_config: "VllmConfig", model_runner: Any
+) -> Iterator[MoERunner]:
+    """The MoE layers of the model itself; its draft's are bound as a draft's on the way.
+
+    Raises:
+        ValueError: a layer is neither's, or the model has experts that are no `MoERunner`.
+    """
+    model, draft = model_runner.get_model(), model_runner.get_draft_model()
+    mine = {id(module) for module in model.modules()}
+    drafts = set() if draft is None else {id(module) for module in draft.modules()}
+    for name, module in model.named_modules():
+        if "megamoe" in type(module).__name__.lower():
+            raise ValueError(
+                f"--moe-capacity-mode is {config.mode!r}, but {name} is a {type(module).__name__}, "
+                "which routes by itself: another --moe-backend is accepted."
+            )
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        if not isinstance(layer, MoERunner):
+            continue
+        if id(layer) in mine:
+            yield layer
+        elif id(layer) not in drafts:
+            raise ValueError(
+                f"--moe-capacity-mode is {config.mode!r}, but layer {layer.layer_name} belongs "
+                "neither to the model nor to its draft: accepted are models whose layers are "
+                "modules of theirs."
+            )
+        elif isinstance(layer.router, CapacityRouter):
+            layer.router.bind_draft()
+
+
+def backend_of(layer: MoERunner) -> str:
+    """Who computes the layer's experts, by what vLLM installed: "triton", "torch" or "vllm"."""
+    kernel = layer.routed_experts.quant_method.moe_kernel
+    experts = None if kernel is None else kernel.fused_experts
+    if isinstance(experts, TritonExperts):
+        return "triton"
+    return "torch" if isinstance(experts, TorchExperts) else "vllm"
+
+
+def keeps_rows(layer: MoERunner) -> bool:
+    """Whether the layer's experts get the very rows that its router routed, in their order."""
+    kernel = layer.routed_experts.quant_method.moe_kernel
+    return kernel is not None and isinstance(
+        kernel.prepare_finalize, MoEPrepareAndFinalizeNoDPEPModular
+    )
 
 
 @dataclass(frozen=True)
@@ -107,14 +178,14 @@ class Placement:
 
     expert_device: the device of every logical expert, all 0 on one rank.
     own_device: the device that owns the tokens which this router sees, None where none does.
-    part: the part of the batch that this router sees, see `CapacityRouter.bind`.
+    shard: the part of the batch that this router sees.
     ranks: expert parallel ranks.
     first_local: the first expert of this rank, if its experts are consecutive and stay here.
     """
 
     expert_device: list[int]
     own_device: int | None = None
-    part: int = 0
+    shard: Shard = Shard()
     ranks: int = 1
     first_local: int | None = 0
 
@@ -138,9 +209,11 @@ def placement(config: CapacityConfig, layer: MoERunner, num_experts: int) -> Pla
             a rank for the other.
     """
     parallel = layer.moe_config.moe_parallel_config
-    part = get_tensor_model_parallel_rank() if parallel.is_sequence_parallel else 0
+    shard = Shard()
+    if parallel.is_sequence_parallel:
+        shard = Shard(get_tensor_model_parallel_rank(), parallel.sp_size, parallel.dp_rank)
     if not parallel.use_ep:
-        return Placement([0] * num_experts, part=part)
+        return Placement([0] * num_experts, shard=shard)
     strategy = layer.expert_map_manager.placement_strategy
     expert_device = [0] * num_experts
     for rank in range(parallel.ep_size):
@@ -165,16 +238,16 @@ def placement(config: CapacityConfig, layer: MoERunner, num_experts: int) -> Pla
             )
         else:
             own_device = None
-    return Placement(expert_device, own_device, part, parallel.ep_size, first_local)
+    return Placement(expert_device, own_device, shard, parallel.ep_size, first_local)
 
 
-def layer_seed(seed: int | None, layer_id: int) -> int:
+def layer_seed(seed: int | None, layer_name: str) -> int:
     """A seed for the metric `random` that differs by layer and is the same on every rank."""
-    return (seed or 0) * 1_000_003 + layer_id
+    return (seed or 0) * 1_000_003 + zlib.crc32(layer_name.encode())
 
 
 def log_start(
-    config: CapacityConfig, plan: Plan, backend: str, num_layers: int, num_ranks: int
+    config: CapacityConfig, plan: Plan, backend: str, num_ranks: int, num_layers: int
 ) -> None:
     """Say once what is in effect, and what each `auto` became."""
 

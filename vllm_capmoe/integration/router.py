@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import layer as layer_module
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
@@ -33,7 +32,7 @@ from vllm.utils.torch_utils import (
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.phantom import fill_unused
 from vllm_capmoe.integration.stats import LayerStats
-from vllm_capmoe.integration.step import StepTokens
+from vllm_capmoe.integration.step import Shard, StepTokens
 from vllm_capmoe.limits import capacity
 from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import choose_top_k, score_keys
@@ -77,7 +76,8 @@ class CapacityRouter(BaseRouter):
         self.renormalize = renormalize
         self.scale = scale
         self.plain = plain
-        # Known once the whole model is there, see `bind`.
+        # Known once the whole model is there, see `bind` and `bind_draft`.
+        self.is_draft = False
         self.layer_name: str = ""
         self.plan: Plan | None = None
         self.stats: LayerStats | None = None
@@ -85,13 +85,13 @@ class CapacityRouter(BaseRouter):
         self.seed = 0
         self.expert_device_E: Tensor | None = None
         self.token_device: Tensor | None = None
-        self.part = 0
+        self.shard = Shard()
         self.fills_unused = False
         self.phantom: int | None = None
         self.by_kernel = False
         self.keeps_seats = False
         self.first_local: int | None = 0
-        self._seats: tuple[Tensor, Any] | None = None
+        self._seats: tuple[int, Any] | None = None
 
     def bind(
         self,
@@ -105,7 +105,7 @@ class CapacityRouter(BaseRouter):
         own_device: int | None,
         backend: str,
         phantom: int | None = None,
-        part: int = 0,
+        shard: Shard | None = None,
         first_local: int | None = 0,
     ) -> None:
         """Say what could not be known when vLLM built the layer.
@@ -122,10 +122,9 @@ class CapacityRouter(BaseRouter):
             backend: who computes the experts, see `checks.resolve_backend`.
             phantom: what the kernels of backend "vllm" get as expert of unused places, instead of
                 -1, which not all of them know; None: experts with weight 0. See `phantom`.
-            part: which part of the batch this router sees, counted in its own numbers of rows:
-                the tensor parallel rank under sequence parallelism, else 0.
-            first_local: the first expert of this rank, where its experts are consecutive and the
-                ids are logical; None elsewhere.
+            shard: which part of the batch this router sees; by default all of it.
+            first_local: the first expert of this rank, where its experts are consecutive and get
+                the rows that this router routes, with the ids that it chose; None elsewhere.
         """
         self.layer_name, self.plan, self.stats, self.tokens = layer_name, plan, stats, tokens
         self.seed = seed
@@ -134,7 +133,7 @@ class CapacityRouter(BaseRouter):
             self.token_device = torch.full_like(tokens.request, own_device)
         self.phantom = phantom
         self.fills_unused = backend == "vllm" and phantom is None
-        self.part = part
+        self.shard = shard or Shard()
         self.first_local = first_local
         self.by_kernel = backend == "triton" or tokens.request.is_cuda
         self.keeps_seats = backend == "triton" and first_local is not None
@@ -142,6 +141,14 @@ class CapacityRouter(BaseRouter):
             from capmoe_kernels.routing import prepare_limits
 
             prepare_limits(plan, tokens.is_decode.shape[0], tokens.is_decode.device)
+
+    def bind_draft(self) -> None:
+        """This layer is a draft model's: it routes as vLLM does, and counts in nothing.
+
+        A draft is run on rows of its own, of which the step's facts say nothing, and what it gets
+        wrong costs time, not quality.
+        """
+        self.is_draft = True
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
@@ -160,6 +167,10 @@ class CapacityRouter(BaseRouter):
         *,
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if self.is_draft:
+            return self.inner._compute_routing(
+                hidden_states, router_logits, indices_type, input_ids=input_ids
+            )
         assert self.plan is not None, "a layer ran before vllm_capmoe bound it"
         topk_ids = None
         if not (self.plain and self.by_kernel):
@@ -181,47 +192,32 @@ class CapacityRouter(BaseRouter):
         """
         plan, stats, tokens = self.plan, self.stats, self.tokens
         assert plan is not None and stats is not None and tokens is not None
-        rows = router_logits.shape[0]
-
-        def mine(batch_T: Tensor, fill: bool | int) -> Tensor:
-            """This router's rows of a batch, filled up where the batch ends before them."""
-            part_T = batch_T[self.part * rows : (self.part + 1) * rows]
-            missing = rows - part_T.shape[0]
-            return pad(part_T, (0, missing), value=fill) if missing else part_T
-
-        is_padding = get_forward_context().is_padding
-        is_decode, request = mine(tokens.is_decode, False), mine(tokens.request, 0)
-        if is_padding is None:
-            # A forward pass that isn't a step of the scheduler, such as a draft model's: nothing
-            # is known of its tokens, so none is dropped.
-            is_decode = torch.ones_like(is_decode)
-        else:
-            is_padding = mine(is_padding, True)
+        rows, cut = router_logits.shape[0], self.shard.cut
+        is_padding = self.shard.cut_mask(get_forward_context().is_padding, rows)
+        is_decode, request = cut(tokens.is_decode, rows, False), cut(tokens.request, rows, 0)
+        owner = None if self.token_device is None else cut(self.token_device, rows, 0)
         per_request = plan.scope == "request"
-        arguments = {
+        arguments: dict[str, Any] = {
             "topk_TK": topk_ids,
             "is_padding_T": is_padding,
             "is_decode_T": is_decode,
             "request_T": request if per_request else None,
             "num_requests": tokens.num_groups if per_request else 1,
             "device_E": self.expert_device_E,
-            "token_device_T": None if self.token_device is None else mine(self.token_device, 0),
+            "token_device_T": owner,
             "seed": self.seed,
         }
-        is_step = is_padding is not None
         selection: Any
         if self.by_kernel:
             from capmoe_kernels.routing import route_logits_triton
 
-            counts = stats.counts if is_step else None
             selection = route_logits_triton(
-                router_logits, plan, scoring=self.scoring_func, counters=counts, **arguments
+                router_logits, plan, scoring=self.scoring_func, counters=stats.counts, **arguments
             )
         else:
             selection = route_torch(self._scores(router_logits), plan, **arguments)
-            if is_step:
-                stats.add(selection)
-        if is_step and stats.recording:
+            stats.add(selection)
+        if stats.recording:
             keys = score_keys(self._scores(router_logits))
             stats.record(
                 selection,
@@ -232,7 +228,7 @@ class CapacityRouter(BaseRouter):
             )
         weights, experts = selection.weights, selection.experts
         if self.keeps_seats:
-            self._seats = (experts, selection.seats)
+            self._seats = (rows, selection.seats)
         if self.scale != 1.0:
             weights = weights * self.scale
         if self.fills_unused:
@@ -250,13 +246,17 @@ class CapacityRouter(BaseRouter):
         """The seats that the routing kernel handed out with `experts`, or None if there are none.
 
         There are none for rows that vLLM gathered from other ranks or mapped to replicas, and
-        where this rank's experts are not consecutive. num_local: experts of this rank.
+        where this rank's experts are not consecutive: `bind` says so once, for every step.
+        num_local: experts of this rank.
         """
         if self._seats is None or self.first_local is None:
             return None
-        (held, seats), self._seats = self._seats, None
-        if held.data_ptr() != experts.data_ptr() or held.shape != experts.shape:
-            return None
+        (rows, seats), self._seats = self._seats, None
+        if experts.shape[0] != rows:
+            raise RuntimeError(
+                f"Layer {self.layer_name} routed {rows} rows, and its experts got "
+                f"{experts.shape[0]}: vLLM hands on others than vllm_capmoe was told."
+            )
         if expert_map is None:
             return seats
         offsets = seats.offsets[self.first_local : self.first_local + num_local + 1]

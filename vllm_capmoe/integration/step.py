@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_capmoe.integration.compat import Function, Patch
@@ -70,6 +72,53 @@ class StepTokens:
         self.request[:rows] = request_T
         self.is_decode[:rows] = positions_T >= prompt_len_R[request_T]
         self.num_requests = prompt_len_R.shape[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows of a step's batch a router sees: part `index` of `count` equal ones, in order.
+
+    Under sequence parallelism the tensor parallel rank and their number, else all rows. The last
+    part may go past the end of the batch. data_parallel_rank: whose batch it is.
+    """
+
+    index: int = 0
+    count: int = 1
+    data_parallel_rank: int = 0
+
+    def cut(self, batch_T: Tensor, rows: int, fill: bool | int) -> Tensor:
+        """This shard's rows of a batch, filled up where the batch ends before them."""
+        part_T = batch_T[self.index * rows : (self.index + 1) * rows]
+        missing = rows - part_T.shape[0]
+        return pad(part_T, (0, missing), value=fill) if missing else part_T
+
+    def cut_mask(self, mask_T: Tensor | None, rows: int) -> Tensor:
+        """This shard's rows of vLLM's padding mask, which some models have cut already.
+
+        Raises:
+            RuntimeError: the router sees other rows than the step's, or than its shard of them.
+        """
+        held = -1 if mask_T is None else mask_T.shape[0]
+        if mask_T is not None and held == rows and self._is_cut(held):
+            return mask_T
+        if mask_T is not None and -(-held // self.count) == rows:
+            return self.cut(mask_T, rows, True)
+        step = "a pass without padding mask" if mask_T is None else f"a step of {held}"
+        raise RuntimeError(
+            f"An MoE layer routes {rows} rows of {step} (part {self.index} of {self.count}): which "
+            "tokens they are isn't known, so no capacity can be decided; --moe-capacity-mode 'off' "
+            "is accepted with this model."
+        )
+
+    def _is_cut(self, held: int) -> bool:
+        """Whether a mask of as many rows as the router sees is this shard's, not all of it.
+
+        The two differ unless there is one row: it is all of the batch, or one of several shards.
+        """
+        parallel = get_forward_context().dp_metadata
+        if self.count == 1 or held > 1 or parallel is None:
+            return self.count == 1 or held > 1
+        return int(parallel.num_tokens_across_dp_cpu[self.data_parallel_rank]) > 1
 
 
 ATTRIBUTE = "moe_capacity_tokens"  # of a model runner
@@ -140,8 +189,10 @@ def _after_v2(original: Function) -> Function:
             device = batch.positions.device
             ends = batch.query_start_loc[1 : batch.num_reqs + 1].to(torch.int64)
             rows = torch.arange(batch.num_tokens, device=device)
+            # With adaptive verification the step may be cut shorter than its rows.
+            request = torch.searchsorted(ends, rows, right=True).clamp_(max=batch.num_reqs - 1)
             tokens.fill(
-                torch.searchsorted(ends, rows, right=True),
+                request,
                 batch.positions[: batch.num_tokens],
                 _on_device(prompt_len, device),
             )

@@ -8,8 +8,6 @@ of the model exists); the model is built and loaded, with our routers and expert
 import functools
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration import checks, compat
 from vllm_capmoe.integration.compat import Function, Patch
@@ -62,8 +60,8 @@ def activate(worker: Any, config: CapacityConfig) -> None:
 
     def load_model_and_bind(*args: Any, **kwargs: Any) -> Any:
         result = load_model(*args, **kwargs)
-        device = torch.device(worker.model_runner.device)
-        layers.bind(config, vllm_config, device, step.attach(worker.model_runner, vllm_config))
+        runner = worker.model_runner
+        layers.bind(config, vllm_config, runner, step.attach(runner, vllm_config))
         return result
 
     worker.load_model = load_model_and_bind
