@@ -162,7 +162,9 @@ or inf.
             "off",
             "drop",
             "expanded",
-            help="Bound the load of experts: drop is Token Drop, expanded is Expanded Drop",
+            "reroute",
+            help="Bound the load of experts: drop is Token Drop, expanded is Expanded Drop, "
+            "reroute is Token Drop with what was lost given back by experts with free seats",
         ),
     )
     factor: int | float | str = field(  # gamma; never a str once built
@@ -208,8 +210,8 @@ or inf.
             "auto",
             "local",
             "global",
-            help="Where the extra candidates of Expanded Drop come from: the rank that owns the "
-            "token, or anywhere; auto is local where each rank routes its own tokens",
+            help="Where the extra candidates of Expanded Drop and of reroute come from: the rank "
+            "that owns the token, or anywhere; auto is local where each rank routes its own tokens",
         ),
     )
     expanded_experts: int | str | None = field(  # m; None is the default of the candidates
@@ -219,6 +221,16 @@ or inf.
             words={"all": "all", "auto": None},
             help="Extra candidates per token in Expanded Drop; auto is all of the local "
             "candidates, or as many as the top-k of the global ones",
+        ),
+    )
+    fill: str = field(
+        default="auto",
+        metadata=_words(
+            "auto",
+            "busiest",
+            "capacity",
+            help="How far Expanded Drop fills an expert: never above the largest load that there "
+            "was before, or up to the capacity; auto is capacity",
         ),
     )
     max_experts: int | str = field(

@@ -117,3 +117,12 @@ def group_limits(
             prompts_G = count(group_T.where(prompt_T, num_groups), num_groups + 1)[:-1]
         limit_GX = limit_GX.masked_fill((prompts_G == 0)[:, None], NO_LIMIT)
     return count_G, limit_GX
+
+
+def below_the_busiest(limit_GX: Tensor, load_GB: Tensor) -> Tensor:
+    """int32 [G, X]: the limits, none above the largest load of its group (fill busiest).
+
+    load_GB: int64, the load of each bin before the limit. NO_LIMIT stays.
+    """
+    busiest_G1 = load_GB.amax(1, keepdim=True).int()
+    return limit_GX.minimum(busiest_G1).where(limit_GX != NO_LIMIT, NO_LIMIT)

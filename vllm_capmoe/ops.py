@@ -32,7 +32,7 @@ class Routing:
 
     weights: float32 [T, K'], the weights of the experts a token holds; 0 where unused.
     experts: int32 [T, K'], these experts, by descending score (ties: lower expert), unused
-        places -1. K' is k for the modes off and drop, otherwise the most a token can hold.
+        places -1. K' is the most a token can hold: k but in Expanded Drop.
     load_before, load_after: int32 [E], assignments per expert of the top-k, and after the limit,
         of real tokens.
     capacity: the limit. None where no limit is in effect at all. Otherwise, with R the distinct
@@ -46,7 +46,8 @@ class Routing:
         always holds for prompt tokens alone. Decode tokens are never dropped: their load may
         pass the limit.
     dropped: top-k assignments of real tokens that are not held.
-    expanded: held assignments that are not in the token's top-k.
+    expanded: held assignments that are not in the token's top-k: what Expanded Drop added, or
+        what reroute gave back of what was dropped.
     left_without: real tokens that hold no expert.
     """
 
@@ -76,10 +77,11 @@ def route(
     seed: int = 0,
     backend: str = "auto",
 ) -> Routing:
-    """Capacity-aware routing of the tokens of one step: Token Drop and Expanded Drop.
+    """Capacity-aware routing of the tokens of one step: Token Drop, Expanded Drop, reroute.
 
-    The method is that of arXiv 2503.05066; the letters are T tokens, E experts, k per token,
-    gamma the capacity factor, C the capacity of an expert, m extra candidates.
+    The method is that of arXiv 2503.05066, and reroute is this project's; the letters are T
+    tokens, E experts, k per token, gamma the capacity factor, C the capacity of an expert, m
+    extra candidates.
 
     Arguments:
         scores: float [T, E], the scores S of all experts. Compared as float32; -0.0 equals 0.0,
@@ -114,6 +116,14 @@ def route(
           never wins over a number, whatever the metric or the priority. The token index is the
           position among the real tokens of the group. With a priority the tokens that are not
           first to drop are all seated before the others.
+        - Reroute: Token Drop first. Then, once, a prompt token that lost l of its bids bids for
+          its l best experts outside of its top-k, anywhere or on its own device, whose bins have
+          free seats; ties go to the lower expert. A bin gives its free seats to the best of these
+          bids, in the same order. So nobody loses a seat, and no token holds more than k.
+        - fill busiest, in Expanded Drop, and always in reroute (where it only matters for devices
+          of different sizes): where a limit is in effect, C is at most the largest load that a
+          bin of the group has before it, decode tokens included. So no bin waits for longer than
+          the busiest did without a limit. "auto" is capacity: C as it is.
         - Metrics: score, highest first; order, lowest token index first; reverse-order, highest
           first; random, highest draw first, where draw = fmix32(fmix32(fmix32(seed) + index) +
           expert) modulo 2**32 and fmix32 is murmur3's finaliser.
@@ -122,9 +132,9 @@ def route(
           expert_device names more than one device.
         - Weights are the scores of the experts a token holds; renormalised, each over their sum,
           taken in row order in float32; a row whose sum is 0 stays as it is.
-        - K' = min(E, k + m, max_experts) in Expanded Drop, with m at most E - k for global
-          candidates and at most the experts of the largest device for local ones. It depends
-          on shapes, devices and configuration only.
+        - K' = k but in Expanded Drop, where it is min(E, k + m, max_experts), with m at most
+          E - k for global candidates and at most the experts of the largest device for local
+          ones. It depends on shapes, devices and configuration only.
 
     Returns a `Routing`. Raises ValueError, with the argument, what came and what is accepted,
     for everything that does not fit. What an option of the configuration needs (devices, request
@@ -154,6 +164,12 @@ def route(
         >>> r = route(scores, 1, expanded)
         >>> r.experts.tolist(), r.load_after.tolist(), r.dropped, r.expanded
         ([[0], [0], [1], [1]], [2, 2], 1, 1)
+
+    Reroute comes to the same here. Token 2 lost its bid for expert 0, expert 1 has a free seat:
+
+        >>> r = route(scores, 1, CapacityConfig(mode="reroute", factor=1.0, min_capacity=1))
+        >>> r.experts.tolist(), r.dropped, r.expanded
+        ([[0], [0], [1], [1]], 1, 1)
     """
     T, E = _check_scores(scores)
     if not isinstance(config, CapacityConfig):

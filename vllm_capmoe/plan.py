@@ -16,10 +16,13 @@ class Plan:
 
     `resolve` builds and validates it. Nothing here depends on a step.
 
-    mode: "off", "drop" or "expanded". num_experts: E. top_k: k. gamma: exact, None for infinite.
+    mode: "off", "drop", "expanded" or "reroute". num_experts: E. top_k: k.
+    gamma: exact, None for infinite.
     metric, level, scope, priority: the words of the configuration.
     local: extra candidates are on the token's own device only.
-    extra: m, already cut to what there can be (0 outside of Expanded Drop).
+    extra: m, already cut to what there can be; in reroute the most experts that a token can be
+        given; 0 in the other modes.
+    busiest: no limit is above the largest load before it.
     max_experts: the most experts of one token, or None.
     renormalize: rescale the kept weights to sum to one.
     bin_sizes: experts per bin: (1,) at level expert, (n_0, ..., n_{D-1}) at level device.
@@ -37,6 +40,7 @@ class Plan:
     min_tokens: int = 0
     local: bool = False
     extra: int = 0
+    busiest: bool = False
     max_experts: int | None = None
     renormalize: bool = False
     bin_sizes: tuple[int, ...] = (1,)
@@ -70,8 +74,9 @@ def resolve(
     renormalize: the model's own rule, which `auto` follows.
 
     Defaults: m is all experts of the token's device for local candidates and k for global ones;
-    max_experts is none under expert parallelism and k without it. m is cut to what there can be:
-    the E - k experts outside of the top-k, and the experts of the largest device.
+    max_experts is none under expert parallelism and k without it; fill is capacity. m is cut to
+    what there can be: the E - k experts outside of the top-k, and the experts of the largest
+    device. Reroute has m = k, max_experts k and fill busiest, whatever these are set to.
 
     Raises ValueError where the configuration needs a device map that is not given, and for
     max_experts below k. A configuration that is off needs nothing.
@@ -98,15 +103,20 @@ def resolve(
             f"least top_k, which is {top_k}."
         )
 
-    extra, max_experts, local = 0, None, False
-    if config.mode == "expanded":
+    extra, max_experts, local, busiest = 0, None, False, False
+    if config.mode in ("expanded", "reroute"):
         auto_local = config.candidates == "auto" and has_token_device
         local = config.candidates == "local" or auto_local
-        wanted = num_experts if local or config.expanded_experts == "all" else top_k
-        if isinstance(config.expanded_experts, int):
+        wanted = top_k
+        if config.mode == "expanded" and isinstance(config.expanded_experts, int):
             wanted = config.expanded_experts
+        elif config.mode == "expanded" and (local or config.expanded_experts == "all"):
+            wanted = num_experts
         extra = min(wanted, num_experts - top_k, max(sizes) if local else num_experts)
-        if isinstance(config.max_experts, int):
+        busiest = config.mode == "reroute" or config.fill == "busiest"
+        if config.mode == "reroute":
+            max_experts = top_k
+        elif isinstance(config.max_experts, int):
             max_experts = config.max_experts
         elif config.max_experts == "auto" and sum(size > 0 for size in sizes) <= 1:
             max_experts = top_k
@@ -123,6 +133,7 @@ def resolve(
         min_tokens=config.min_tokens,
         local=local,
         extra=extra,
+        busiest=busiest,
         max_experts=max_experts,
         renormalize=_renormalizes(config, renormalize),
         bin_sizes=sizes if config.level == "device" else (1,),

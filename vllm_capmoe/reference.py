@@ -8,6 +8,7 @@ Notation, as in the paper. Names carry their shapes: `scores_TE` is [T, E].
     W       most experts a token can hold (K' in route)      n_d    experts on device d
     S[T, E] gating scores                                    N_e    load of expert e
     L       candidates per token, k or k + m                 N      assignments, T * L
+    M       m, as a shape                                    l      bids that a token lost
     G       groups: 1, or one per request                    D      devices (expert parallel ranks)
     B       bins of a group: E experts, or D devices         X      1, or D at level device
 
@@ -23,6 +24,7 @@ The steps, in the order in which `route_torch` takes them:
     extra_candidates  algorithm 2, line 1: m more candidates per token
     metric_keys       the metric by which a bin ranks its candidates (ranking.py, as the first two)
     fill_bins         algorithms 1 and 2: every bin keeps its C best
+    reroute           this project's: a token that lost l bids makes l more, where seats are free
     pack_rows         what a token holds, and its weights
 
 Everything is integer sorting and counting on flat lists of fixed length. No shape and no Python
@@ -37,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_capmoe.limits import NO_LIMIT, capacity_table, count, group_limits
+from vllm_capmoe.limits import NO_LIMIT, below_the_busiest, capacity_table, count, group_limits
 from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import (
     best_first,
@@ -87,23 +89,45 @@ class Selection:
 
 
 def extra_candidates(
-    keys_TE: Tensor, topk_TK: Tensor, extra: int, local_TE: Tensor | None
+    keys_TE: Tensor, topk_TK: Tensor, extra: int, allowed_TE: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The m best experts outside of the top-k, best first (algorithm 2, line 1).
 
-    local_TE: bool, the experts on the token's own device; None for all experts.
-    Returns int64 [T, m] and a bool [T, m] of those that exist, None if all do: a device may
-    have fewer than m experts that are not in the top-k.
+    allowed_TE: bool, such as the experts on the token's own device; None for all experts.
+    Returns int64 [T, m] and a bool [T, m] of those that exist, None if all do: of the allowed
+    ones fewer than m may not be in the top-k.
     """
     least = torch.iinfo(torch.int64).min  # below every key
     rest_TE = keys_TE.scatter(1, topk_TK, least)
-    if local_TE is not None:
-        rest_TE = rest_TE.masked_fill_(~local_TE, least)
+    if allowed_TE is not None:
+        rest_TE = rest_TE.masked_fill_(~allowed_TE, least)
     best = rest_TE.topk(extra, dim=1)
-    return best.indices, None if local_TE is None else best.values != least
+    return best.indices, None if allowed_TE is None else best.values != least
 
 
-# --- Selection ------------------------------------------------------------------------------
+def join(
+    topk_TK: Tensor, extra_TM: Tensor, top_TK: Tensor | None, more_TM: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k and extra candidates as one [T, L]: the experts, which are of the top-k, and a mask.
+
+    top_TK, more_TM: bool, the parts of that mask; also [T, 1], None is true everywhere.
+    """
+    true_TK, false_TM = torch.ones_like(topk_TK).bool(), torch.zeros_like(extra_TM).bool()
+    mask_TK = true_TK if top_TK is None else top_TK.expand_as(topk_TK)
+    return (
+        torch.cat([topk_TK, extra_TM], dim=1),
+        torch.cat([true_TK, false_TM], dim=1),
+        torch.cat([mask_TK, more_TM.expand_as(extra_TM)], dim=1),
+    )
+
+
+def in_order(keys_TE: Tensor, experts_TL: Tensor, *others_TL: Tensor) -> tuple[Tensor, ...]:
+    """The experts of each row best first, and others that stand beside them."""
+    order_TL = best_first(keys_TE, experts_TL)
+    return tuple(each_TL.gather(1, order_TL) for each_TL in (experts_TL, *others_TL))
+
+
+# --- Bins and seats -------------------------------------------------------------------------
 
 
 def fill_bins(
@@ -129,11 +153,89 @@ def fill_bins(
     return torch.empty_like(wins_N).scatter_(0, order_N, wins_N).view(bin_TL.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """The flat bins of a step, G * B of them, and one more for what does not compete.
+
+    plan, keys_TE, device_E, seed: as in `route_torch` and `score_keys`.
+    group_T: group of each token, G for padding rows; None for one group.
+    index_T: token indices, for metric random. class_T: 0 or 1, class 0 is seated first; or None.
+    """
+
+    plan: Plan
+    keys_TE: Tensor
+    device_E: Tensor | None
+    group_T: Tensor | None
+    num_groups: int
+    index_T: Tensor | None
+    class_T: Tensor | None
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return self.num_groups * self.plan.num_bins + 1
+
+    def of(self, experts_TL: Tensor, competing_TL: Tensor | None) -> Tensor:
+        """int64 [T, L]: the flat bin of each assignment, the last one if it does not compete."""
+        bin_TL = experts_TL
+        if self.plan.level == "device":
+            assert self.device_E is not None
+            bin_TL = self.device_E[experts_TL]
+        if self.group_T is not None:
+            bin_TL = bin_TL + (self.group_T * self.plan.num_bins)[:, None]
+        return bin_TL if competing_TL is None else bin_TL.where(competing_TL, self.size - 1)
+
+    def load(self, experts_TL: Tensor, counted_TL: Tensor | None) -> Tensor:
+        """int64 [size]: the assignments in each bin, 0 in the last one."""
+        load_B1 = count(self.of(experts_TL, counted_TL), self.size)
+        load_B1[-1] = 0
+        return load_B1
+
+    def fill(self, experts_TL: Tensor, competing_TL: Tensor | None, seats_B1: Tensor) -> Tensor:
+        """bool [T, L]: the assignments that win a seat. Rows of experts stand by score."""
+        rank_TL = metric_keys(self.plan.metric, self.keys_TE, experts_TL, self.index_T, self.seed)
+        nan_TL = is_nan(self.keys_TE, experts_TL)
+        bin_TL = self.of(experts_TL, competing_TL)
+        return fill_bins(bin_TL, nan_TL, self.class_T, rank_TL, seats_B1)
+
+
+def reroute(
+    bins: Bins,
+    topk_TK: Tensor,
+    held_TK: Tensor,
+    asked_T1: Tensor | None,
+    local_TE: Tensor | None,
+    seats_B1: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One round of giving, after Token Drop: int64 [T, M] experts, bool [T, M] who holds them.
+
+    A token that lost l of its bids makes l more, for its best experts outside of the top-k whose
+    bins have free seats; a bin gives these to the best of them. Nobody loses a seat.
+
+    held_TK: who won a seat in Token Drop. asked_T1: bool [T, 1], who asked for one; None for all.
+    seats_B1: seats per flat bin, those that are taken included.
+    """
+    lost_T = _known(_and(~held_TK, asked_T1)).sum(1)
+    free_B1 = seats_B1 - bins.load(topk_TK, held_TK)
+    T, E = bins.keys_TE.shape
+    experts_TE = torch.arange(E, device=topk_TK.device).expand(T, E)
+    open_TE = _known(_and(free_B1[bins.of(experts_TE, asked_T1)] > 0, local_TE))
+    extra_TM, exists_TM = extra_candidates(bins.keys_TE, topk_TK, bins.plan.extra, open_TE)
+    place_M = torch.arange(bins.plan.extra, device=topk_TK.device)
+    bids_TM = _known(_and(place_M < lost_T[:, None], exists_TM))
+    return extra_TM, bins.fill(extra_TM, bids_TM, free_B1)
+
+
 def _and(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     """Both masks; None is true everywhere."""
     if left is None or right is None:
         return left if right is None else right
     return left & right
+
+
+def _known(mask: Tensor | None) -> Tensor:
+    assert mask is not None
+    return mask
 
 
 def _column(mask_T: Tensor | None) -> Tensor | None:
@@ -242,7 +344,7 @@ def route_torch(
     token_device_T: Tensor | None = None,
     seed: int = 0,
 ) -> Selection:
-    """Token Drop and Expanded Drop (algorithms 1 and 2) for the tokens of one step.
+    """Token Drop, Expanded Drop (algorithms 1 and 2) and reroute for the tokens of one step.
 
     Nothing is validated here: `vllm_capmoe.ops.route` does that and documents the rules.
 
@@ -276,61 +378,46 @@ def route_torch(
     if plan.scope == "request":
         assert request_T is not None
         group_T = request_T if real_T is None else request_T.where(real_T, G)
-    prompt_T = real_T if is_decode_T is None else _and(real_T, ~is_decode_T)
+    prompt_T, decode_T = real_T, None
+    if is_decode_T is not None:
+        prompt_T, decode_T = _and(real_T, ~is_decode_T), _and(real_T, is_decode_T)
     count_G, limit_GX = group_limits(plan, table, T, real_T, prompt_T, group_T, G)
-
-    # Candidates of each token, best first.
-    experts_TL, candidate_TL, is_topk_TL = topk_TK, _column(real_T), None
-    if plan.extra > 0:
-        local_TE = None
-        if plan.local:
-            assert device_E is not None and token_device_T is not None
-            local_TE = device_E == token_device_T[:, None]
-        extra_TM, exists_TM = extra_candidates(keys_TE, topk_TK, plan.extra, local_TE)
-        limited_T1 = limit_GX[:, :1] != NO_LIMIT
-        if group_T is not None:
-            limited_T1 = limited_T1[group_T.clamp(max=G - 1)]
-        allowed_TM = _and(_and(limited_T1, _column(prompt_T)), exists_TM)
-        assert allowed_TM is not None
-        experts_TL = torch.cat([topk_TK, extra_TM], dim=1)
-        is_topk_TL = (
-            torch.arange(experts_TL.shape[1], device=table.device).expand_as(experts_TL) < k
-        )
-        candidate_TL = _and(is_topk_TL, _column(real_T))
-        assert candidate_TL is not None
-        candidate_TL = torch.cat([candidate_TL[:, :k], allowed_TM.expand(T, plan.extra)], dim=1)
-        if models_TK is not None:  # its experts need not be better than the extra ones
-            order_TL = best_first(keys_TE, experts_TL)
-            experts_TL = experts_TL.gather(1, order_TL)
-            is_topk_TL = is_topk_TL.gather(1, order_TL)
-            candidate_TL = candidate_TL.gather(1, order_TL)
-
-    # Bins and their seats. Assignments that do not compete are in one bin more, without seats.
-    bin_TL = experts_TL
-    if plan.level == "device":
-        assert device_E is not None
-        bin_TL = device_E[experts_TL]
-    if group_T is not None:
-        bin_TL = bin_TL + (group_T * B)[:, None]
-    seats_B1 = pad(limit_GX.long().expand(G, B).reshape(-1), (0, 1))
-    decode_TL = None
-    if is_decode_T is not None:  # seated first, with their top-k
-        decode_TL = _and(candidate_TL, _column(is_decode_T))
-        assert decode_TL is not None
-        decode_load_B1 = count(bin_TL.where(decode_TL, G * B), G * B + 1)
-        seats_B1 = (seats_B1 - decode_load_B1).clamp_(min=0)
-    competing_TL = candidate_TL if is_decode_T is None else _and(candidate_TL, _column(prompt_T))
-    if competing_TL is not None:
-        bin_TL = bin_TL.where(competing_TL, G * B)
-
-    # Every bin keeps its best.
     index_T = token_index(T, real_T, group_T, count_G) if plan.metric == "random" else None
-    rank_TL = metric_keys(plan.metric, keys_TE, experts_TL, index_T, seed)
     class_T = None
     if plan.priority != "uniform":
         assert is_image_T is not None
         class_T = is_image_T if plan.priority == "image-first" else ~is_image_T
-    held_TL = fill_bins(bin_TL, is_nan(keys_TE, experts_TL), class_T, rank_TL, seats_B1)
-    if decode_TL is not None:
-        held_TL = held_TL | decode_TL
+    bins = Bins(plan, keys_TE, device_E, group_T, G, index_T, class_T, seed)
+    if plan.busiest:
+        load_GB = bins.load(topk_TK, _column(real_T))[:-1].view(G, B)
+        limit_GX = below_the_busiest(limit_GX, load_GB)
+
+    # Seats of each bin. Decode tokens sit down first, with their top-k.
+    seats_B1 = pad(limit_GX.long().expand(G, B).reshape(-1), (0, 1))
+    if decode_T is not None:
+        seats_B1 = (seats_B1 - bins.load(topk_TK, decode_T[:, None])).clamp_(min=0)
+
+    # Candidates of each prompt token, best first. Every bin keeps its best.
+    local_TE = None
+    if plan.local:
+        assert device_E is not None and token_device_T is not None
+        local_TE = device_E == token_device_T[:, None]
+    experts_TL, asks_TL, is_topk_TL = topk_TK, _column(prompt_T), None
+    if plan.mode == "expanded" and plan.extra > 0:
+        extra_TM, exists_TM = extra_candidates(keys_TE, topk_TK, plan.extra, local_TE)
+        limited_T1 = limit_GX[:, :1] != NO_LIMIT
+        if group_T is not None:
+            limited_T1 = limited_T1[group_T.clamp(max=G - 1)]
+        asks_TM = _known(_and(_and(limited_T1, _column(prompt_T)), exists_TM))
+        experts_TL, is_topk_TL, asks_TL = join(topk_TK, extra_TM, asks_TL, asks_TM)
+        if models_TK is not None:  # its experts need not be better than the extra ones
+            experts_TL, is_topk_TL, asks_TL = in_order(keys_TE, experts_TL, is_topk_TL, asks_TL)
+    held_TL = bins.fill(experts_TL, asks_TL, seats_B1)
+    if plan.mode == "reroute" and plan.extra > 0:
+        extra_TM, given_TM = reroute(bins, topk_TK, held_TL, asks_TL, local_TE, seats_B1)
+        experts_TL, is_topk_TL, held_TL = join(topk_TK, extra_TM, held_TL, given_TM)
+        if models_TK is not None:
+            experts_TL, is_topk_TL, held_TL = in_order(keys_TE, experts_TL, is_topk_TL, held_TL)
+    if decode_T is not None:
+        held_TL = held_TL | _known(_and(decode_T[:, None], is_topk_TL))
     return pack_rows(plan, scores_TE, topk_TK, real_T, experts_TL, held_TL, is_topk_TL, limit_GX)

@@ -1,8 +1,9 @@
 """Capacity-aware routing told slowly, with loops and lists: the oracle of the property tests.
 
 Source: arXiv 2503.05066, algorithms 1 (Token Drop) and 2 (Expanded Drop), with this project's rules
-for ties, decode tokens, padding, requests and devices. Nothing is shared with the package: no
-torch, no vectorised arithmetic. Limits are exact fractions, weights are numpy float32 scalars.
+for ties, decode tokens, padding, requests and devices, its fill rule and its mode reroute. Nothing
+is shared with the package: no torch, no vectorised arithmetic. Limits are exact fractions, weights
+are numpy float32 scalars.
 
 Letters: T tokens, E experts, k experts per token, C capacity, m extra candidates, D devices,
 R requests, K' places in a row. A `pair` is (row of a token, expert).
@@ -27,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "scope": "batch",
     "candidates": "auto",
     "expanded_experts": None,
+    "fill": "auto",
     "max_experts": "auto",
     "renormalize": "auto",
     "priority": "uniform",
@@ -161,6 +163,11 @@ def naive_route(
                 limit = None  # no load can pass it
             elif not any(t in prompt for t in group):
                 limit = None  # decode tokens are never dropped
+        if limit is not None and want["mode"] != "drop":
+            # Nobody is filled above the busiest, but in Expanded Drop under fill `capacity`.
+            load = [sum(bin_of[e] == b for t in group for e in top[t]) for b in bins]
+            if want["mode"] == "reroute" or want["fill"] == "busiest":
+                limit = [min(number, max(load)) for number in limit]
         limits.append(limit)
         if limit is None:
             continue
@@ -208,6 +215,22 @@ def naive_route(
             if seats[bin_of[e]] > 0:
                 seats[bin_of[e]] -= 1
                 held[t].append(e)
+
+        # Reroute: a token that lost l bids makes l more where seats are free, and bins choose.
+        if want["mode"] == "reroute":
+            more: list[tuple[int, int]] = []
+            for t in group:
+                if t not in prompt:
+                    continue
+                others = [e for e in range(E) if e not in top[t] and seats[bin_of[e]] > 0]
+                if local:
+                    assert expert_device is not None and token_device is not None
+                    others = [e for e in others if expert_device[e] == token_device[t]]
+                more += [(t, e) for e in by_score(t, others)[: k - len(held[t])]]
+            for t, e in sorted(more, key=claim):
+                if seats[bin_of[e]] > 0:
+                    seats[bin_of[e]] -= 1
+                    held[t].append(e)
 
         # A token over max-experts gives back its worst; nobody takes those seats.
         for t in group:

@@ -218,7 +218,9 @@ def cases(draw: st.DrawFn, *, max_tokens: int = 40, bite: bool = False, **fixed:
     topk_ids = fill_topk(rng, T, E, k) if draw(flag) else None
     if topk_ids is not None and is_padding is not None and draw(flag):
         topk_ids = [[-1] * k if is_padding[t] else topk_ids[t] for t in range(T)]
-    mode = fixed.get("mode") or draw(st.sampled_from(["drop", "expanded", "expanded", "off"]))
+    mode = fixed.get("mode") or draw(
+        st.sampled_from(["drop", "expanded", "expanded", "reroute", "reroute", "off"])
+    )
     off = mode == "off"
     scope = fixed.get("scope") or draw(st.sampled_from(["batch", "request"]))
     needs_requests = scope == "request" and not off
@@ -243,6 +245,7 @@ def cases(draw: st.DrawFn, *, max_tokens: int = 40, bite: bool = False, **fixed:
         "scope": scope,
         "candidates": draw(st.sampled_from(places)),
         "expanded_experts": draw(st.sampled_from([None, "all", 1, 2, E, E + 5])),
+        "fill": draw(st.sampled_from(["auto", "busiest", "capacity"])),
         "max_experts": draw(st.sampled_from(["auto", "none", k, k + 1, E + 3])),
         "renormalize": draw(st.sampled_from(["auto", "always", "never"])),
         "priority": draw(st.sampled_from(priorities)),

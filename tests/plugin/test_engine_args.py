@@ -26,6 +26,7 @@ GIVEN = {
     "scope": "request",
     "candidates": "global",
     "expanded_experts": "all",
+    "fill": "busiest",
     "max_experts": "4",
     "renormalize": "never",
     "priority": "image-first",

@@ -20,6 +20,7 @@ DEFAULTS = {
     "scope": "batch",
     "candidates": "auto",
     "expanded_experts": None,
+    "fill": "auto",
     "max_experts": "auto",
     "renormalize": "auto",
     "priority": "uniform",
@@ -29,13 +30,14 @@ DEFAULTS = {
 }
 
 ACCEPTED = [
-    *[("mode", value) for value in ("off", "drop", "expanded")],
+    *[("mode", value) for value in ("off", "drop", "expanded", "reroute")],
     *[("factor", value) for value in (1, 2, 0.001, 1.5, 1e300, math.inf)],
     *[("metric", value) for value in ("score", "order", "reverse-order", "random")],
     *[("level", value) for value in ("expert", "device")],
     *[("scope", value) for value in ("batch", "request")],
     *[("candidates", value) for value in ("auto", "local", "global")],
     *[("expanded_experts", value) for value in (None, 1, 64, "all")],
+    *[("fill", value) for value in ("auto", "busiest", "capacity")],
     *[("max_experts", value) for value in (1, 64, "none", "auto")],
     *[("renormalize", value) for value in ("auto", "always", "never")],
     *[("priority", value) for value in ("uniform", "image-first", "text-first")],
@@ -44,7 +46,8 @@ ACCEPTED = [
     *[("backend", value) for value in ("auto", "triton", "torch", "vllm")],
 ]
 
-WORDS = ("mode", "metric", "level", "scope", "candidates", "renormalize", "priority", "backend")
+WORDS = ("mode", "metric", "level", "scope", "candidates", "fill", "renormalize", "priority")
+WORDS += ("backend",)
 REFUSED = [
     *[(key, value) for key in WORDS for value in ("other", "", "OFF", None, True, 1, 1.0)],
     *[(key, False) for key in WORDS if key != "mode"],
@@ -129,7 +132,7 @@ def test_gamma_of_a_float_subclass_with_another_repr() -> None:
     assert CapacityConfig(factor=Named(1.1)).gamma == Fraction(11, 10)
 
 
-@pytest.mark.parametrize("mode", ["drop", "expanded"])
+@pytest.mark.parametrize("mode", ["drop", "expanded", "reroute"])
 def test_enabled(mode: str) -> None:
     assert CapacityConfig(mode=mode).enabled
 

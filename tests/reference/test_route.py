@@ -68,6 +68,61 @@ def test_worked_example_expanded() -> None:
     assert counts(r) == (1, 1, 0)  # token 2 lost its top expert and got the other
 
 
+# --- Reroute and fill -------------------------------------------------------------------------
+
+# Tokens 0 to 4 choose expert 0, token 5 expert 1; C = ceil(6 * 1 / 3) = 2.
+LOST = torch.tensor(
+    [[0.9, 0.1, 0], [0.8, 0.2, 0], [0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.1, 0.9, 0]]
+)
+
+
+def test_reroute_gives_once_to_the_best_of_those_who_lost() -> None:
+    # Tokens 2, 3 and 4 lose. Expert 1 has one seat left, for which 2 and 3 bid: 3 has the better
+    # score (order: 2 comes first). Token 4 gets expert 2, where a seat stays empty: one round.
+    r = route(LOST, 1, config("reroute"))
+    assert held(r) == [[0], [0], [], [1], [2], [1]]
+    assert r.weights[:, 0].tolist() == pytest.approx([0.9, 0.8, 0, 0.3, 0.3, 0.9])
+    assert (r.capacity, counts(r)) == (2, (3, 2, 1))
+    assert held(route(LOST, 1, config("reroute", metric="order"))) == [[0], [0], [1], [], [2], [1]]
+
+
+def test_reroute_bids_only_where_seats_are_free_and_may_stay_on_its_device() -> None:
+    # k = 2, C = ceil(0.5 * 4 * 2 / 4) = 1: all choose experts 0 and 1, token 3 keeps both. The
+    # others lost two bids each and bid for 2 and 3, one seat each: token 0 has the better scores.
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]] + [[0.5, 0.4, 0.06, 0.04]] * 2 + [[1, 1, 0, 0]])
+    settings = config("reroute", factor=0.5)
+    r = route(scores, 2, settings)
+    assert held(r) == [[2, 3], [], [], [0, 1]]
+    assert (r.experts.shape[1], counts(r)) == (2, (6, 2, 2))
+    # Experts 0 and 2 are on device 0, where tokens 0 and 3 are: expert 3 goes to token 1.
+    devices = {"expert_device": torch.tensor([0, 1, 0, 1])}
+    r = route(scores, 2, settings, token_device=torch.tensor([0, 1, 1, 0]), **devices)
+    assert held(r) == [[2], [3], [], [0, 1]]
+    # At level device each device has two seats, for tokens 3 and 1: none is left to bid for.
+    r = route(scores, 2, config("reroute", factor=0.5, level="device"), **devices)
+    assert held(r) == [[], [0, 1], [], [0, 1]]
+
+
+def test_reroute_leaves_decode_tokens_as_they_are() -> None:
+    # Tokens 0 and 1 are decode tokens: both seats of expert 0 are theirs, nobody else is kept.
+    r = route(LOST, 1, config("reroute"), is_decode=mask(0, 1, size=6))
+    assert held(r) == [[0], [0], [], [1], [2], [1]]
+    r = route(LOST, 1, config("reroute"), is_decode=mask(2, 3, 4, size=6))
+    assert held(r) == [[], [1], [0], [0], [0], [1]]
+
+
+def test_fill_busiest_fills_no_expert_above_the_largest_load_before() -> None:
+    # gamma = 2: C = 4, but no expert has more than 3 before: tokens 0 to 2, 3 and 4, 5.
+    scores = LOST[[0, 1, 2, 5, 5, 5]].clone()
+    scores[5] = torch.tensor([0.2, 0.3, 0.5])
+    options = {"factor": 2.0, "max_experts": "none", "expanded_experts": "all"}
+    r = route(scores, 1, config("expanded", fill="capacity", **options))
+    assert (r.capacity, r.load_after.tolist()) == (4, [4, 4, 4])
+    r = route(scores, 1, config("expanded", fill="busiest", **options))
+    assert (r.capacity, r.load_after.tolist()) == (3, [3, 3, 3])
+    assert held(r) == [[0, 2], [0], [0, 2], [1], [1], [2, 1]]
+
+
 # --- Metrics, ties, numbers -------------------------------------------------------------------
 
 # All four tokens choose expert 0, C = ceil(4 / 2) = 2.

@@ -94,7 +94,7 @@ def test_scores_are_compared_as_float32(dtype: torch.dtype) -> None:
 # --- Odd sizes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["off", "drop", "expanded"])
+@pytest.mark.parametrize("mode", ["off", "drop", "expanded", "reroute"])
 @pytest.mark.parametrize("scope", ["batch", "request"])
 @pytest.mark.parametrize("level", ["expert", "device"])
 def test_no_tokens(mode: str, scope: str, level: str) -> None:
@@ -116,12 +116,12 @@ def test_no_tokens(mode: str, scope: str, level: str) -> None:
 
 def test_one_expert() -> None:
     # E = k = 1: C = ceil(0.5 * 3) = 2, and there are no extra candidates.
-    for mode in ("drop", "expanded"):
+    for mode in ("drop", "expanded", "reroute"):
         r = route(torch.tensor([[0.1], [0.3], [0.2]]), 1, config(mode, factor=0.5))
         assert held(r) == [[], [0], [0]]
 
 
-@pytest.mark.parametrize("mode", ["drop", "expanded"])
+@pytest.mark.parametrize("mode", ["drop", "expanded", "reroute"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_core_reads_nothing_back_to_the_host(mode: str, metric: str) -> None:
     # Fake tensors have no values: a branch, a shape or a read that depends on one raises.

@@ -192,6 +192,12 @@ def test_route_equals_the_oracle_per_request(case: Case) -> None:
     check(case)
 
 
+@settings(max_examples=700, **COMMON)
+@given(cases(max_tokens=24, bite=True, mode="reroute"))
+def test_reroute_equals_the_oracle(case: Case) -> None:
+    check(case)
+
+
 @pytest.mark.parametrize("style", ["softmax", "few", "hot"])
 @pytest.mark.parametrize("scope", ["batch", "request"])
 def test_route_equals_the_oracle_on_a_larger_step(scope: str, style: str) -> None:
@@ -204,6 +210,8 @@ def test_route_equals_the_oracle_on_a_larger_step(scope: str, style: str) -> Non
         check(case)
         check(case.change(config={"level": "expert", "candidates": "global"}))
         check(case.change(config={"mode": "drop"}))
+        check(case.change(config={"mode": "reroute"}))
+        check(case.change(config={"mode": "reroute", "level": "expert", "candidates": "global"}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -286,6 +294,45 @@ def test_no_load_passes_its_limit(case: Case) -> None:
             load = sum(bin_of[e] == b for t in rows for e in held[t])
             seated = sum(bin_of[e] == b for t in rows if decode[t] for e in held[t])
             assert load <= max(limit[b] if by_device else limit, seated)
+
+
+def bin_loads(case: Case, held: list[set[int]]) -> dict[int, list[int]]:
+    """The load of every bin, by request (one request 0 at scope batch)."""
+    bin_of = case.expert_device if case.config["level"] == "device" else range(case.num_experts)
+    ids = case.request_ids if case.config["scope"] == "request" else [0] * len(held)
+    assert bin_of is not None and ids is not None
+    loads = {name: [0] * (max(bin_of) + 1) for name in ids}
+    for name, experts in zip(ids, held, strict=True):
+        for e in experts:
+            loads[name][bin_of[e]] += 1
+    return loads
+
+
+def assert_none_above_the_busiest(case: Case, got: Any) -> None:
+    """No bin of a group holds more than the largest load of one before the limit."""
+    before = bin_loads(case, held_rows(run_route(case.change(config={"mode": "off"}))))
+    for name, loads in bin_loads(case, held_rows(got)).items():
+        assert max(loads) <= max(before[name])
+
+
+@settings(max_examples=300, **COMMON)
+@given(cases(max_tokens=24, bite=True, mode="expanded", fill="busiest"))
+def test_expanded_drop_fills_no_bin_above_the_busiest(case: Case) -> None:
+    assert_none_above_the_busiest(case, run_route(case))
+
+
+@settings(max_examples=400, **COMMON)
+@given(cases(max_tokens=24, bite=True, mode="reroute"))
+def test_reroute_takes_from_nobody_and_gives_what_was_lost(case: Case) -> None:
+    """Token Drop's seats stay; at most k each; the fill rule is nothing to it. Limits: above."""
+    got, drop = run_route(case), run_route(case.change(config={"mode": "drop"}))
+    assert tuple(got.experts.shape) == (len(case.scores), case.top_k)
+    assert got.dropped == drop.dropped and 0 <= got.expanded <= got.dropped
+    assert all(kept <= held for kept, held in zip(held_rows(drop), held_rows(got), strict=True))
+    assert_none_above_the_busiest(case, got)
+    for fill in ("busiest", "capacity"):
+        other = run_route(case.change(config={"fill": fill}))
+        assert other.experts.tolist() == got.experts.tolist()
 
 
 @settings(max_examples=300, **COMMON)
@@ -420,17 +467,18 @@ INNER = list(
 @pytest.mark.parametrize("scope", ["batch", "request"])
 @pytest.mark.parametrize("level", ["expert", "device"])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("mode", ["off", "drop", "expanded"])
+@pytest.mark.parametrize("mode", ["off", "drop", "expanded", "reroute"])
 def test_every_combination_of_flags(mode: str, metric: str, level: str, scope: str) -> None:
     outer = {"mode": mode, "metric": metric, "level": level, "scope": scope}
     rng = random.Random(repr(outer))
     limited = changed = 0
     for candidates, renormalize, priority, most in INNER:
-        for _ in range({"off": 1, "drop": 1, "expanded": 2}[mode]):
+        for _ in range(2 if mode in ("expanded", "reroute") else 1):
             E, T = rng.randint(2, 8), rng.randint(4, 14)
             k = rng.randint(1, min(E, 4))
             config = {
                 **outer,
+                "fill": rng.choice(["auto", "busiest", "capacity"]),
                 "candidates": candidates,
                 "renormalize": renormalize,
                 "priority": priority,

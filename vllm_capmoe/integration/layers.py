@@ -266,11 +266,13 @@ def log_start(
         f"backend={chosen(config.backend, backend)}",
         f"renormalize={chosen(config.renormalize, 'yes' if plan.renormalize else 'no')}",
     ]
+    if plan.mode in ("expanded", "reroute"):
+        parts.append(f"candidates={chosen(config.candidates, 'local' if plan.local else 'global')}")
     if plan.mode == "expanded":
         limit = "none" if plan.max_experts is None else plan.max_experts
         parts += [
-            f"candidates={chosen(config.candidates, 'local' if plan.local else 'global')}",
             f"expanded_experts={chosen(config.expanded_experts, plan.extra)}",
+            f"fill={chosen(config.fill, 'busiest' if plan.busiest else 'capacity')}",
             f"max_experts={chosen(config.max_experts, limit)}",
         ]
     logger.info_once("MoE capacity: %s", ", ".join(parts), scope="local")

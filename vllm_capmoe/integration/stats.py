@@ -69,7 +69,7 @@ TABLE = (
         "expanded",
         lambda s: s.expanded,
         series="expanded_assignments",
-        help="Assignments outside of a token's top-k that Expanded Drop added.",
+        help="Assignments outside of a token's top-k: what Expanded Drop or reroute gave.",
     ),
     Counter(
         "left_without",
