@@ -60,7 +60,11 @@ def forward_context() -> ForwardContext:
 
 
 def make(
-    asked: dict[str, Any], tokens: StepTokens, backend: str = "torch", **settings: Any
+    asked: dict[str, Any],
+    tokens: StepTokens,
+    backend: str = "torch",
+    phantom: int | None = None,
+    **settings: Any,
 ) -> CapacityRouter:
     """Through the wrapped factory, as a layer of a model gets its router."""
 
@@ -89,5 +93,6 @@ def make(
         expert_device_E=None,
         own_device=None,
         backend=backend,
+        phantom=phantom,
     )
     return made

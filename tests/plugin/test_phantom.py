@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
 )
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from vllm_capmoe import CapacityConfig, route
 from vllm_capmoe.integration import phantom
 
 CPU = torch.device("cpu")
@@ -82,6 +83,16 @@ def test_no_phantom_where_it_is_not_known_to_be_skipped(made):
     assert (routed.expert_map, routed.global_num_experts) == before
 
 
+def test_no_phantom_beside_a_map_that_does_not_fit():
+    """A map of other experts than the layer's, or none though some experts live elsewhere."""
+    longer, without = layer(ranks=2), layer(ranks=2)
+    longer.routed_experts._expert_map = torch.cat([longer.routed_experts._expert_map] * 2)
+    without.routed_experts._expert_map = None
+    for made in (longer, without):
+        assert phantom.install(made, CPU) is None
+        assert made.routed_experts.global_num_experts == E
+
+
 def test_no_phantom_for_a_method_without_a_modular_kernel():
     made = layer()
     made.routed_experts.quant_method.moe_kernel = None
@@ -92,7 +103,7 @@ def test_all_named_classes_are_vllms():
     folder = Path(fused_moe.__file__).parent
     sources = "\n".join(path.read_text() for path in folder.rglob("*.py"))
     classes = set(re.findall(r"^class (\w+)", sources, re.MULTILINE))
-    assert classes >= phantom.SKIPPING | phantom.PREPARING
+    assert classes >= phantom.GPT_OSS | phantom.PREPARING
 
 
 @pytest.mark.parametrize(("version", "expected"), [("3.5.1", E), ("3.6", E), ("3.8", None)])
@@ -103,20 +114,45 @@ def test_gpt_oss_kernels_skip_but_for_one_version_of_their_library(version, expe
 
 def test_padding_stays_empty_where_vllm_leaves_it_so():
     experts = torch.tensor([[2, -1], [-1, -1]])
-    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 5.0, 4.0]])
-    assert phantom.fill_unused(experts, logits).tolist() == [[2, 1], [1, 2]]
+    loads = torch.tensor([0, 3, 1])
+    assert phantom.fill_unused(experts, loads).tolist() == [[2, 0], [0, 2]]
     padding = torch.tensor([False, True])
-    assert phantom.fill_unused(experts, logits, padding).tolist() == [[2, 1], [-1, -1]]
+    assert phantom.fill_unused(experts, loads, padding).tolist() == [[2, 0], [-1, -1]]
+    assert phantom.fill_unused(experts[:0], loads).shape == (0, 2)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_what_an_expert_dropped_does_not_come_back_to_it(factor):
+    """The filled places even the loads out: the busiest expert has hardly more than its limit."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, num_experts, top_k = 2048, 64, 6
+    scores = (torch.randn(num_tokens, num_experts, generator=generator)).add(
+        torch.linspace(0, 2, num_experts)
+    )
+    held = route(scores.softmax(-1), top_k, CapacityConfig(mode="drop", factor=factor))
+    filled = phantom.fill_unused(held.experts, held.load_after)
+    assert torch.equal(filled.masked_fill(held.experts < 0, -1), held.experts)
+    assert all(len(set(row)) == top_k and min(row) >= 0 for row in filled.tolist())
+    loads = torch.bincount(filled.flatten(), minlength=num_experts)
+    assert held.load_before.max() > 2 * held.capacity
+    assert loads.max() <= 1.2 * held.capacity
+    busiest = held.load_before.topk(8).indices
+    assert (loads[busiest] <= held.load_after[busiest] + 0.05 * held.capacity).all()
 
 
 @pytest.mark.parametrize("mode", ["drop", "expanded"])
 def test_the_router_sends_unused_places_to_the_phantom(mode):
     with override_forward_context(forward_context()):
-        made = make(MIXTRAL, prompt_of_one_request(), mode=mode, factor=0.5, min_capacity=1)
+        settings = {"mode": mode, "factor": 0.5, "min_capacity": 1}
+        tokens = prompt_of_one_request()
+        made = make(MIXTRAL, tokens, **settings)
         logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0))
-        weights, experts = made.route(logits, made.inner._compute_routing(logits, logits, None)[1])
+        topk_ids = made.inner._compute_routing(logits, logits, None)[1]
+        _, experts = made.route(logits, topk_ids)
         made.phantom = E
         ids = made._apply_eplb_mapping(experts)
+        bound = make(MIXTRAL, tokens, "vllm", phantom=E, **settings)
+        assert torch.equal(bound.route(logits, topk_ids)[1], experts), "filled, and skipped too"
     assert ids.dtype == experts.dtype and (experts < 0).any()
     assert torch.equal(ids, torch.where(experts < 0, E, experts).to(ids.dtype))
 

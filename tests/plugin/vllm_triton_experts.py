@@ -119,10 +119,11 @@ def main() -> None:
         want = by_loop(x, w13, w2, weights, ids)
         expert_map = torch.arange(E + 1, dtype=torch.int32)
         expert_map[E] = -1
+        loads = ids[ids >= 0].bincount(minlength=E)
         phantom = ids.masked_fill(ids < 0, E)
         got = run(x, w13, w2, weights, phantom, expert_map, E + 1)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        got = run(x, w13, w2, weights, fill_unused(ids, logits), None, E)
+        got = run(x, w13, w2, weights, fill_unused(ids, loads), None, E)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

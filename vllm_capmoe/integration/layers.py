@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration import phantom
+from vllm_capmoe.integration import kernels, phantom
 from vllm_capmoe.integration.experts import TorchExperts, TritonExperts
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats, read, totals
@@ -57,12 +57,7 @@ def bind(
     bound = 0
     for layer in layers_of_model(config, vllm_config, model_runner):
         router, routed = layer.router, layer.routed_experts
-        if not isinstance(router, CapacityRouter) or layer.is_monolithic:
-            raise ValueError(
-                f"{mode} {layer.layer_name} routes by itself ({type(router).__name__}, "
-                f"{type(routed.quant_method).__name__}): accepted are layers with vLLM's own top-k "
-                "routers and modular kernels."
-            )
+        kernels.check_layer(config, layer)
         if layer.do_naive_dispatch_combine:
             raise ValueError(
                 f"{mode} {layer.layer_name} gathers the rows of all ranks before they are routed "

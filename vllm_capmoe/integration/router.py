@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
@@ -152,7 +153,12 @@ class CapacityRouter(BaseRouter):
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
-        return self.inner.routing_method_type
+        """By this vLLM 0.32 chooses kernels: no monolithic one for CUDA takes `Custom`."""
+        return (
+            RoutingMethodType.Custom
+            if current_platform.is_cuda()
+            else self.inner.routing_method_type
+        )
 
     @property
     def supports_monolithic_kernels(self) -> bool:
@@ -234,7 +240,7 @@ class CapacityRouter(BaseRouter):
         if self.fills_unused:
             # On CUDA vLLM's own routers leave padding at -1, too.
             skipped = is_padding if self.by_kernel else None
-            experts = fill_unused(experts, router_logits, skipped)
+            experts = fill_unused(experts, selection.load_after, skipped)
         return weights, experts
 
     def _apply_eplb_mapping(self, topk_ids: Tensor) -> Tensor:

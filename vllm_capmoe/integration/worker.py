@@ -50,11 +50,11 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     checks.check_environment(config)
     checks.check_engine(config, worker.vllm_config)
 
-    from vllm_capmoe.integration import custom_ops, experts, layers, router, step
+    from vllm_capmoe.integration import custom_ops, experts, kernels, layers, router, step
 
     vllm_config = worker.vllm_config
     custom_ops.register()
-    compat.apply(router.patches, experts.patches, step.patches)
+    compat.apply(router.patches, experts.patches, kernels.patches, step.patches)
 
     load_model = worker.load_model
 
