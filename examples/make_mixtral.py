@@ -22,6 +22,7 @@ Letters: H hidden size, I intermediate size, E experts, V vocabulary, L layers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -304,27 +305,38 @@ def make_checkpoint(path: str | Path, **options: int | float | str) -> Path:
     FileExistsError where `path` exists and is no model folder.
     """
     chosen = ModelOptions(**options)  # type: ignore[arg-type]
-    target = Path(path).absolute()
-    if target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists and is no model folder (no config.json in it)")
-    target.parent.mkdir(parents=True, exist_ok=True)
     source = tokenizer_source()
     pieces = read_pieces(source)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        write_json(scratch / "config.json", model_config(chosen, len(pieces)))
+    with new_folder(path) as folder:
+        write_json(folder / "config.json", model_config(chosen, len(pieces)))
         write_json(
-            scratch / "generation_config.json",
+            folder / "generation_config.json",
             {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False},
         )
-        write_tokenizer(scratch, pieces, chosen.max_positions)
-        shutil.copyfile(source, scratch / "tokenizer.model")
+        write_tokenizer(folder, pieces, chosen.max_positions)
+        shutil.copyfile(source, folder / "tokenizer.model")
         dtype = getattr(torch, chosen.dtype)
         state = {
             name: value.to(dtype).contiguous()
             for name, value in tensors(chosen, [piece for piece, _ in pieces])
         }
-        save_file(state, scratch / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return Path(path).absolute()
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes the model folder `path` at the end, or nothing on an error.
+
+    Raises FileExistsError where `path` exists and is no model folder.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} exists and is no model folder (no config.json in it)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield scratch
         for file in scratch.iterdir():
             file.chmod(0o644)
         scratch.chmod(0o755)
@@ -333,7 +345,6 @@ def make_checkpoint(path: str | Path, **options: int | float | str) -> Path:
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def main() -> int:

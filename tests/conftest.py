@@ -8,9 +8,11 @@ and the processes they start don't see it, but for those of tests/kernels.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -59,6 +61,26 @@ def make_mixtral() -> ModuleType:
 def example_model(make_mixtral: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example checkpoint with its default options. Read only: all tests share it."""
     return make_mixtral.make_checkpoint(tmp_path_factory.mktemp("models") / "mixtral")
+
+
+@pytest.fixture(scope="session")
+def make_carved() -> Iterator[ModuleType]:
+    """examples/make_carved.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        yield importlib.import_module("make_carved")
+
+
+@pytest.fixture(scope="session")
+def carved_model(make_carved: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The language model that the demo serves, bfloat16. Read only: all tests share it."""
+    return make_carved.make_carved(tmp_path_factory.mktemp("models") / "carved")
+
+
+@pytest.fixture(scope="session")
+def padded_carved_model(make_carved: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads that divide between two ranks."""
+    return make_carved.make_carved(tmp_path_factory.mktemp("models") / "padded", padded=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
