@@ -72,14 +72,8 @@ def make_carved() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def carved_model(make_carved: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The language model that the demo serves, bfloat16. Read only: all tests share it."""
-    return make_carved.make_carved(tmp_path_factory.mktemp("models") / "carved")
-
-
-@pytest.fixture(scope="session")
 def padded_carved_model(make_carved: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with heads that divide between two ranks."""
+    """The language model of the demo, with heads that divide between two ranks. Read only."""
     return make_carved.make_carved(tmp_path_factory.mktemp("models") / "padded", padded=True)
 
 
