@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, routings of a known skew, gates, CSV, plots.
+"""What the benchmarks share: shapes, routings of a known skew, CSV, plots.
 
 Letters: T tokens, E experts, k per token, H hidden size, I intermediate size, C capacity,
 A held assignments. Importing this needs the standard library only; torch is imported when used,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GATE_ROWS = 48  # tokens of a result that are compared with float32
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def output_folder() -> Path:
 
 
 def today() -> str:
-    """The date, or the one in BENCH_DATE, with which run_gpu.sh continues earlier files."""
+    """The date, or the one in BENCH_DATE, with which run_gpu.py continues earlier files."""
     return os.environ.get("BENCH_DATE") or datetime.date.today().isoformat()
 
 
@@ -271,69 +270,6 @@ def make_layer(shape: Shape, device: torch.device, dtype: torch.dtype, experts: 
     return Layer(w13, w2)
 
 
-class GateError(Exception):
-    """A result is not what it should be."""
-
-
-def _loop(
-    layer: Layer, hidden: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The layer for a few tokens, expert by expert, products in `dtype`; float32."""
-    import torch
-    import torch.nn.functional as F
-
-    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for e in experts.unique().tolist():
-        if e < 0:
-            continue
-        token, place = (experts == e).nonzero(as_tuple=True)
-        gate, up = F.linear(hidden[token].to(dtype), layer.w13[e].to(dtype)).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, layer.w2[e].to(dtype)).float()
-        out.index_add_(0, token, y * weights[token, place, None])
-    return out
-
-
-def gate_experts(
-    name: str, out: Tensor, layer: Layer, hidden: Tensor, weights: Tensor, experts: Tensor
-) -> float:
-    """Compare rows of `out` with float32 torch: at most twice the error of torch in their dtype.
-
-    Returns the error over what is allowed. Raises GateError above 1.
-    """
-    import torch
-
-    T = hidden.shape[0]
-    rows = torch.randperm(T, device=hidden.device)[:GATE_ROWS]
-    picked = hidden[rows], weights[rows], experts[rows]
-    exact = _loop(layer, *picked, torch.float32)
-    torchs = _loop(layer, *picked, hidden.dtype).to(hidden.dtype).float() - exact
-    ours = out[rows].float() - exact
-    ratios = [
-        float(measure(ours)) / (2 * float(measure(torchs)) + 1e-6)
-        for measure in (lambda x: x.abs().max(), torch.linalg.vector_norm)
-    ]
-    worst = max(ratios) if all(r == r for r in ratios) else math.inf
-    if not worst <= 1:
-        raise GateError(
-            f"{name} at {T} tokens is off by {worst:.3g} times what is allowed (twice torch's own "
-            "error against float32)"
-        )
-    return worst
-
-
-def gate_routing(name: str, ours: Any, reference: Any) -> None:
-    """All integers are those of `route_torch`; weights, too, to float32's last bits."""
-    import torch
-
-    for part in ("experts", "load_before", "load_after"):
-        got, expected = getattr(ours, part), getattr(reference, part)
-        count = int((got.to(expected.dtype) != expected).sum())
-        if count:
-            raise GateError(f"{name}: {count} of {expected.numel()} {part} differ from torch's")
-    if not torch.allclose(ours.weights, reference.weights, rtol=1e-6, atol=0):
-        raise GateError(f"{name}: weights differ from torch's by more than a millionth")
-
-
 def goes_on(error: Exception, what: str, device: torch.device) -> bool:
     """Print an error of one point. False where the device is of no use after it."""
     import torch
@@ -430,7 +366,8 @@ class Table:
     """A CSV that is written row by row, so that what was measured survives, and is continued.
 
     A file that exists must have the same columns and the same "# device" line; rows whose `key`
-    columns it holds need not be measured again.
+    columns it holds need not be measured again. Nor need those that were begun twice and never
+    came to an end: what hangs or ends its process is not run into a third time.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str], head: list[str]):
@@ -447,13 +384,25 @@ class Table:
         else:
             path.write_text("\n".join([*head, ",".join(columns), ""]))
         self._done = {self._key_of(row) for row in self.rows}
+        self._begun = path.with_suffix(".begun")
+        begun = self._begun.read_text().splitlines() if self._begun.exists() else []
+        self._lost = {line for line in begun if begun.count(line) > 1}
 
     def _key_of(self, row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in self.key)
 
     def has(self, row: dict[str, Any]) -> bool:
-        """Whether the row with these key values was measured before."""
-        return self._key_of(row) in self._done
+        """Whether the row with these key values was measured before, or begun twice in vain."""
+        key = self._key_of(row)
+        if key not in self._done and ",".join(key) in self._lost:
+            print(f"FAILED: {','.join(key)}: begun twice, and never came to an end; left out")
+            return True
+        return key in self._done
+
+    def begin(self, row: dict[str, Any]) -> None:
+        """Say that this row is being measured."""
+        with self._begun.open("a") as file:
+            file.write(",".join(self._key_of(row)) + "\n")
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; columns that it lacks stay empty."""

@@ -187,6 +187,7 @@ class Tuner:
         self.rows = torch.empty(size, device=device, dtype=self.dtype)
         self.out = torch.empty_like(self.hidden[0])
         self.times: dict[tuple[str, Any], float] = {}
+        self.expected: Any = None  # all rows as they should be, once asked for
         self.failed: list[str] = []
         self.wrong: list[str] = []
 
@@ -238,6 +239,8 @@ class Tuner:
 
     def evaluate(self, product: str, config: Any) -> float:
         """Gate and time of a configuration of one launch; infinite where it fails. Remembered."""
+        from _gates import GateError
+
         key = product, config
         if key not in self.times:
             self.times[key] = float("inf")
@@ -247,21 +250,24 @@ class Tuner:
                 self.times[key] = self.seconds(
                     self.part, product, whole if product == "combine" else config
                 )
-            except common.GateError as error:
+            except GateError as error:
                 self.wrong.append(f"{product} {config}: {error}")
             except Exception as error:  # out of resources, by the compiler's or the driver's word
                 self.failed.append(f"{product} {config}: {type(error).__name__}")
         return self.times[key]
 
     def gate(self, config: Any) -> None:
+        import _gates as gates
+
         for tensor in (self.acts_AI, self.rows, self.out):
             tensor.fill_(float("nan"))
         skew = SKEWS[-1]
         routed = self.routed[skew][0]
         out = self.whole(config, skew, 0)
-        common.gate_experts(
-            *("tuned", out, self.layers[0], self.hidden[0], routed.weights, routed.experts)
-        )
+        if self.expected is None:
+            given = self.layers[0], self.hidden[0], routed.weights, routed.experts
+            self.expected = gates.reference(*given)
+        gates.gate_experts("tuned", out, self.expected)
 
     def tune(self, pool: Any, deadline: common.Deadline) -> Any:
         """The fastest ExpertsConfig that was found."""
@@ -374,6 +380,7 @@ def main() -> None:
     for shape, tokens in common.progress(jobs, "tune"):
         if deadline.passed() or table.has({"shape": shape.name, "tokens": tokens}):
             continue
+        table.begin({"shape": shape.name, "tokens": tokens})
         path = folder / config_file_name(shape.experts, shape.intermediate, device_name)
         try:
             layers = [common.make_layer(shape, device, torch.bfloat16) for _ in range(2)]
