@@ -8,9 +8,12 @@ which the engine arguments build their command line group.
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
+
+from vllm_capmoe import layer_settings
+from vllm_capmoe.layer_settings import LayerSettings
 
 FLAG_PREFIX = "--moe-capacity-"
 
@@ -47,21 +50,27 @@ class Option:
         """The flag of the command line, for example `--moe-capacity-min-tokens`."""
         return FLAG_PREFIX + self.key.replace("_", "-")
 
-    def check(self, value: Any) -> Any:
-        """Return the value as stored, or raise `ConfigError` naming flag, value, accepted."""
+    @property
+    def default_text(self) -> str:
+        """The default as a user would write it."""
+        words = {None: "auto", (): "none", False: "off"}
+        return str(words.get(self.default, self.default))
+
+    def check(self, value: Any, came: Any = None) -> Any:
+        """Return the value as stored, or raise `ConfigError` naming flag, value, accepted.
+
+        came: how the value was written, where that isn't the value itself.
+        """
         try:
             return self.normalise(value)
-        except ValueError:
-            message = f"{self.flag} is {value!r}, but it must be {self.values}."
-            raise ConfigError(message) from None
+        except ValueError as error:
+            written = value if came is None else came
+            problem = str(error) or f"is {written!r}, but it must be {self.values}"
+            raise ConfigError(f"{self.flag} {problem}.") from None
 
     def parse(self, text: str) -> Any:
         """Read the option from the text of a command line (an argparse `type`)."""
-        try:
-            return self.check(_number(text))
-        except ConfigError:
-            message = f"{self.flag} is {text!r}, but it must be {self.values}."
-            raise ConfigError(message) from None
+        return self.check(_number(text), came=text)
 
 
 def _number(text: str) -> int | float | str:
@@ -138,6 +147,24 @@ def _factor(value: Any) -> int | float:
     _refuse_unless(_is_int(value) or isinstance(value, float))
     _refuse_unless(value > 0)  # false for NaN, too
     return int(value) if isinstance(value, int) else float(value)
+
+
+def _boolean(value: Any) -> bool:
+    _refuse_unless(isinstance(value, bool))
+    return bool(value)
+
+
+# What a layer can't have of its own: what holds for whole steps, tokens or processes.
+_GENERAL = ("scope", "priority", "backend", "layers", "observe")
+
+
+def _layers(value: Any) -> tuple[LayerSettings, ...]:
+    """Settings by layer as stored; a problem is told after the word "has" or "names"."""
+    accepted = [option.key for option in OPTIONS if option.key not in _GENERAL]
+    try:
+        return layer_settings.parse(value, accepted)
+    except ValueError as error:
+        raise ValueError(f"can't be used: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,10 +308,48 @@ or inf.
         ),
     )
 
+    layers: Any = field(  # tuple[LayerSettings, ...] once built
+        default=(),
+        metadata={
+            "values": "a JSON object by layer, or @ and the name of a file with one",
+            "help": 'Settings by layer, over the general ones: {"0-3": {"mode": "off"}, '
+            '"17": {"factor": 1.2}}',
+            "choices": None,
+            "normalise": _layers,
+        },
+    )
+    observe: bool = field(
+        default=False,
+        metadata={
+            "values": "true or false",
+            "help": "Decide and count, and change nothing: tokens are those of mode off",
+            "choices": None,
+            "normalise": _boolean,
+        },
+    )
+
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = option.check(getattr(self, option.key))
             object.__setattr__(self, option.key, value)
+        for entry in self.layers:
+            try:
+                self.for_layer(entry.first)
+            except ConfigError as error:
+                raise ConfigError(f"{FLAG_PREFIX}layers, layer {entry.name!r}: {error}") from None
+
+    def for_layer(self, layer: int) -> "CapacityConfig":
+        """What is in effect in the model's decoder layer of this number; it has no `layers`."""
+        for entry in self.layers:
+            if entry.first <= layer <= entry.last:
+                return replace(self, layers=(), **dict(entry.values))
+        return replace(self, layers=())
+
+    @property
+    def variants(self) -> "tuple[CapacityConfig, ...]":
+        """All that may be in effect in some layer: the general settings, then those by layer."""
+        own = [self.for_layer(entry.first) for entry in self.layers]
+        return tuple(dict.fromkeys([replace(self, layers=()), *own]))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CapacityConfig":
@@ -312,6 +377,7 @@ or inf.
         values = {option.key: getattr(self, option.key) for option in OPTIONS}
         if self.factor == math.inf:
             values["factor"] = "inf"
+        values["layers"] = layer_settings.to_dict(self.layers)
         return values
 
     @property
@@ -326,8 +392,8 @@ or inf.
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is asked for at all."""
-        return self.mode != "off"
+        """Whether anything is asked for at all, in any layer."""
+        return any(variant.mode != "off" for variant in self.variants)
 
 
 OPTIONS: tuple[Option, ...] = tuple(

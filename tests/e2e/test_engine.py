@@ -46,6 +46,46 @@ def test_without_a_limit_is_stock_vllm_to_rounding(run, stock, mode):
         assert sum(layer["load_before"]) > 0
 
 
+BY_LAYER = {
+    "moe_capacity_mode": "drop",
+    "moe_capacity_factor": 0.5,
+    "moe_capacity_min_capacity": 1,
+    "moe_capacity_layers": {"1": {"mode": "off"}, "2-3": {"mode": "expanded", "factor": 0.75}},
+}
+
+
+def first_step(records: list[dict[str, Any]], layer: int) -> dict[str, Any]:
+    return next(step for step in records if f".{layer}." in step["layer"])
+
+
+def test_settings_by_layer(run):
+    ours = run([PROMPTS], **BY_LAYER)
+    loads = [(c["load_before"], c["load_after"]) for c in ours["counters"]]
+    assert loads[1][0] == loads[1][1], "layer 1 is off"
+    tokens = sum(output["prompt_tokens"] for output in ours["batches"][0])
+    for layer, factor in ((0, 0.5), (2, 0.75), (3, 0.75)):
+        step = first_step(ours["records"][0], layer)
+        assert step["capacity"] == [[math.ceil(factor * tokens * 2 / 8)]]
+        assert max(step["load_after"]) <= step["capacity"][0][0] < max(step["load_before"])
+    dropped, expanded = ([c[key] for c in ours["counters"]] for key in ("dropped", "expanded"))
+    assert [n > 0 for n in dropped] == [True, False, True, True]
+    assert [n > 0 for n in expanded] == [False, False, True, True]
+    assert "own_settings={1, 2-3}" in ours["log"]
+
+
+def test_observing_counts_what_the_mode_would_do_and_changes_nothing(run, stock):
+    observed = run([PROMPTS], **BY_LAYER, moe_capacity_observe=True)
+    assert observed["batches"] == stock["batches"], "to the bit"
+    applied = run([PROMPTS], **BY_LAYER)
+    # The first layer's input is the same in both runs: so is all that was decided there.
+    ours, theirs = (first_step(of["records"][0], 0) for of in (observed, applied))
+    assert ours == theirs
+    assert ours["load_after"] != ours["load_before"]
+    assert (
+        "only observes" in observed["log"] and "without expert parallelism" not in observed["log"]
+    )
+
+
 @pytest.mark.cpu
 def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     """Also: a small gamma changes what the model says, whoever computes it."""

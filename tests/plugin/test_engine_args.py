@@ -33,9 +33,12 @@ GIVEN = {
     "min_capacity": "7",
     "min_tokens": "64",
     "backend": "torch",
+    "layers": '{"3": {"factor": 2}}',
+    "observe": "",  # a flag without a value
 }
 TYPED = CapacityConfig(
-    **{**GIVEN, "factor": 1.1, "max_experts": 4, "min_capacity": 7, "min_tokens": 64}
+    **GIVEN
+    | {"factor": 1.1, "max_experts": 4, "min_capacity": 7, "min_tokens": 64, "observe": True}
 )
 
 
@@ -46,7 +49,7 @@ def parse(*arguments: str) -> AsyncEngineArgs:
 
 def test_every_option_is_a_flag():
     assert set(GIVEN) == {option.key for option in OPTIONS}
-    flags = [word for option in OPTIONS for word in (option.flag, GIVEN[option.key])]
+    flags = [word for option in OPTIONS for word in (option.flag, GIVEN[option.key]) if word]
     assert capacity_config(parse(*flags).additional_config) == TYPED
 
 

@@ -53,6 +53,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"moe_capacity_mode": "drop", "moe_capacity_priority": "image-first"},
         "--moe-capacity-priority is 'image-first', but .*: 'uniform' is accepted",
     ),
+    "a layer that the model doesn't have": (
+        {"moe_capacity_mode": "drop", "moe_capacity_layers": {"1-4": {"factor": 1.0}}},
+        "--moe-capacity-layers names the layers '1-4', but .* has the layers 0 to 3",
+    ),
+    "a setting of one layer": (
+        {"moe_capacity_layers": {"2": {"mode": "expanded", "max_experts": 1}}},
+        "--moe-capacity-max-experts is 1, but .* gives each token 2 experts",
+    ),
     "unknown key": (
         {"additional_config": {"moe_capacity": {"mode": "drop", "gamma": 1}}},
         "unknown key 'gamma', but the accepted keys are mode, factor",

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,8 @@ DEFAULTS = {
     "min_capacity": 4,
     "min_tokens": 0,
     "backend": "auto",
+    "layers": {},
+    "observe": False,
 }
 
 ACCEPTED = [
@@ -44,6 +47,7 @@ ACCEPTED = [
     *[("min_capacity", value) for value in (1, 4, 1000)],
     *[("min_tokens", value) for value in (0, 1, 1000)],
     *[("backend", value) for value in ("auto", "triton", "torch", "vllm")],
+    *[("observe", value) for value in (True, False)],
 ]
 
 WORDS = ("mode", "metric", "level", "scope", "candidates", "fill", "renormalize", "priority")
@@ -57,6 +61,7 @@ REFUSED = [
     *[("max_experts", value) for value in (0, -1, 1.0, True, False, None, "all", "2", "")],
     *[("min_capacity", value) for value in (0, -1, 4.0, True, None, "4", "auto")],
     *[("min_tokens", value) for value in (-1, 0.0, False, None, "0", "auto")],
+    *[("observe", value) for value in (None, 0, 1, "true", "on")],
 ]
 
 
@@ -168,7 +173,7 @@ def test_the_table_has_a_row_for_each_field_in_order() -> None:
     assert [option.key for option in OPTIONS] == list(DEFAULTS)
     for option in OPTIONS:
         assert option.flag == "--moe-capacity-" + option.key.replace("_", "-")
-        assert option.default == DEFAULTS[option.key]
+        assert option.default == option.check(DEFAULTS[option.key])
         assert option.help and option.values
         for choice in option.choices or ():
             assert option.parse(choice) == choice
@@ -228,6 +233,70 @@ def test_parse_refuses(key: str, text: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parser.parse_args([f"{option.flag}={text}"])
     assert option.values in " ".join(capsys.readouterr().err.split())
+
+
+BY_LAYER = {
+    "17": {"factor": 1.2},
+    "0-3": {"mode": "off"},
+    "5": {"factor": "inf", "metric": "order"},
+}
+
+
+def test_settings_by_layer_go_over_the_general_ones(tmp_path: Path) -> None:
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps(BY_LAYER))
+    config = CapacityConfig(mode="drop", factor=2, layers=BY_LAYER)
+    assert config == CapacityConfig(mode="drop", factor=2, layers=json.dumps(BY_LAYER))
+    assert config == CapacityConfig(mode="drop", factor=2, layers=f"@{file}")
+    assert config == CapacityConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert config.to_dict()["layers"] == BY_LAYER
+
+    general = CapacityConfig(mode="drop", factor=2)
+    own = {
+        **dict.fromkeys(range(4), dataclasses.replace(general, mode="off")),
+        5: dataclasses.replace(general, factor=math.inf, metric="order"),
+        17: dataclasses.replace(general, factor=1.2),
+    }
+    for layer in range(20):
+        assert config.for_layer(layer) == own.get(layer, general)
+    assert set(config.variants) == {general, *own.values()}
+
+
+def test_one_layer_is_enough_to_be_enabled() -> None:
+    assert CapacityConfig(layers={"3": {"mode": "drop"}}).enabled
+    assert not CapacityConfig(layers={"3": {"factor": 1}}).enabled
+    assert not CapacityConfig(observe=True).enabled
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1], r"is \[1\], but a JSON object"),
+        (17, "is 17, but a JSON object"),
+        ("", "isn't JSON"),
+        ('{"0": {"mode": "off"}', r"isn't JSON \(line 1\)"),
+        ("[" * 100_000, "isn't JSON"),
+        ("@nowhere.json", "'nowhere.json' can't be read .No such file"),
+        ({"": {"mode": "off"}}, "names the layers ''"),
+        ({"3-1": {"mode": "off"}}, "names the layers '3-1'"),
+        ({"-1": {"mode": "off"}}, "names the layers '-1'"),
+        ({3: {"mode": "off"}}, "names the layers 3"),
+        ({"0-3": {"mode": "off"}, "3": {"mode": "drop"}}, "'0-3' and '3' both name layer 3"),
+        ('{"3": {"mode": "off"}, "3": {"mode": "drop"}}', "'3' stands in it twice"),
+        ({"3": {}}, "layer '3' has {}"),
+        ({"3": "off"}, "layer '3' has 'off'"),
+        ({"3": {"gamma": 1}}, "the setting 'gamma', but mode, factor"),
+        ({"3": {"scope": "request"}}, "the setting 'scope'"),
+        ({"3": {"layers": {}}}, "the setting 'layers'"),
+        ({"3": {"factor": [1]}}, r"has \[1\] as factor"),
+        ({"3": {"factor": 0}}, "layer '3': --moe-capacity-factor is 0, but it must be a number"),
+    ],
+)
+def test_settings_by_layer_refuse(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        CapacityConfig(layers=value)
+    assert str(error.value).startswith("--moe-capacity-layers")
+    assert ", but " in str(error.value)
 
 
 def test_importing_the_package_needs_neither_torch_nor_vllm() -> None:

@@ -17,7 +17,7 @@ def check_environment(config: CapacityConfig) -> None:
     """Refuse environment variables that contradict the configuration."""
     import vllm.envs as envs
 
-    if envs.VLLM_BATCH_INVARIANT and config.scope == "batch":
+    if envs.VLLM_BATCH_INVARIANT and config.scope == "batch" and not config.observe:
         raise ValueError(
             "--moe-capacity-scope is 'batch', where who shares a batch decides what is dropped, "
             "but VLLM_BATCH_INVARIANT=1 asks for the contrary: 'request' is accepted with it, and "
@@ -38,7 +38,7 @@ def isolate_requests(config: CapacityConfig, engine_args: "EngineArgs") -> None:
     """
     from vllm.logger import init_logger
 
-    if config.scope != "request":
+    if config.scope != "request" or config.observe:
         return
     if engine_args.enable_prefix_caching:
         raise ValueError(
@@ -51,11 +51,26 @@ def isolate_requests(config: CapacityConfig, engine_args: "EngineArgs") -> None:
 
 
 def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
-    """Refuse what the model or the layout of the engine can't give.
+    """Refuse what the model or the layout of the engine can't give, in any layer.
 
     Raises:
         ValueError: with one sentence that says what and why.
     """
+    for variant in config.variants:
+        if variant.enabled:
+            _check_variant(variant, vllm_config)
+    model = vllm_config.model_config
+    number = model.get_total_num_hidden_layers() if config.layers else 0
+    for entry in config.layers:
+        if entry.last >= number:
+            raise ValueError(
+                f"--moe-capacity-layers names the layers {entry.name!r}, but {model.model} has the "
+                f"layers 0 to {number - 1}: these are accepted."
+            )
+
+
+def _check_variant(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
+    """What `check_engine` asks of settings that are in effect in some layer."""
     import vllm.envs as envs
 
     mode = f"--moe-capacity-mode is {config.mode!r}, but"
@@ -92,7 +107,7 @@ def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
         )
     if parallel.enable_eplb:
         check_load_balancing(config, vllm_config)
-    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1 and not config.observe:
         check_all_to_all(config, parallel.all2all_backend, top_k)
     backend, kernels = resolve_backend(config, vllm_config), vllm_config.kernel_config.moe_backend
     if backend != "vllm" and kernels != "auto":
@@ -183,7 +198,8 @@ def triton_is_interpreted() -> bool:
 def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
     """Who computes the experts: "triton", "torch" or "vllm".
 
-    `auto` is "vllm" for quantised weights; else "triton" on CUDA and "torch" on the CPU.
+    `auto` is "vllm" for quantised weights; else "triton" on CUDA and "torch" on the CPU. Where
+    capacity only observes, vLLM's own kernels run, whatever was asked for.
 
     Raises:
         ValueError: the backend that was asked for can't serve this engine.
@@ -196,6 +212,8 @@ def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
             f"--moe-capacity-mode is {config.mode!r}, but the platform is "
             f"{current_platform.device_name!r}: it is accepted on CUDA and on the CPU."
         )
+    if config.observe:
+        return "vllm"
     own = "torch" if current_platform.is_cpu() else "triton"
     backend = config.backend
     if backend == "auto":

@@ -122,14 +122,16 @@ def _add_group(original: Function) -> Function:
         parser = original(parser, *args, **kwargs)
         group = parser.add_argument_group(title=GROUP, description=_DESCRIPTION)
         for option in OPTIONS:
-            default = "auto" if option.default is None else option.default
-            group.add_argument(
-                option.flag,
-                type=option.parse,
-                metavar="{" + ",".join(option.choices) + "}" if option.choices else None,
-                default=argparse.SUPPRESS,  # so that a flag not given isn't taken for a setting
-                help=f"{option.help} ({option.values}; default: {default}).",
-            )
+            # Suppressed, so that a flag not given isn't taken for a setting.
+            said = {
+                "default": argparse.SUPPRESS,
+                "help": f"{option.help} ({option.values}; default: {option.default_text}).",
+            }
+            if isinstance(option.default, bool):
+                group.add_argument(option.flag, action=argparse.BooleanOptionalAction, **said)
+                continue
+            choices = "{" + ",".join(option.choices) + "}" if option.choices else None
+            group.add_argument(option.flag, type=option.parse, metavar=choices, **said)
         return parser
 
     return add_cli_args

@@ -156,8 +156,8 @@ def _skipping_first(original: Function) -> Function:
     def _get_priority_backends(*args: Any, **kwargs: Any) -> list[Any]:
         from vllm.platforms import current_platform
 
-        backends = list(original(*args, **kwargs))
-        if _current_config().enabled and current_platform.is_cuda():
+        backends, config = list(original(*args, **kwargs)), _current_config()
+        if config.enabled and not config.observe and current_platform.is_cuda():
             backends.sort(key=lambda backend: backend.name not in PREFERRED)
         return backends
 

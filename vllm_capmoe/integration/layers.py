@@ -1,5 +1,6 @@
 """The MoE layers of a loaded model: bound to the configuration once, read for counters later."""
 
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,9 +54,10 @@ def bind(
         ValueError: a layer routes by itself, or the configuration doesn't fit it.
     """
     device = torch.device(model_runner.device)
-    mode = f"--moe-capacity-mode is {config.mode!r}, but layer"
     bound = 0
     for layer in layers_of_model(config, vllm_config, model_runner):
+        own = config.for_layer(layer_number(layer.layer_name))
+        mode = f"--moe-capacity-mode is {own.mode!r}, but layer"
         router, routed = layer.router, layer.routed_experts
         kernels.check_layer(config, layer)
         if layer.do_naive_dispatch_combine:
@@ -69,9 +71,9 @@ def bind(
                 f"{mode} {layer.layer_name} has experts that were replaced by constants (MoNE): "
                 "accepted are models with all their experts."
             )
-        placed = placement(config, layer, router.num_logical_experts)
+        placed = placement(own, layer, router.num_logical_experts)
         plan = resolve(
-            config,
+            own,
             num_experts=router.num_logical_experts,
             top_k=router.top_k,
             expert_device=placed.expert_device,
@@ -79,7 +81,9 @@ def bind(
             renormalize=router.renormalize,
         )
         backend = backend_of(layer)
-        if routed.apply_router_weight_on_input and (plan.width > 1 or backend == "vllm"):
+        applied = not config.observe
+        weighs_input = applied and routed.apply_router_weight_on_input
+        if weighs_input and (plan.width > 1 or backend == "vllm"):
             raise ValueError(
                 f"{mode} {layer.layer_name} weighs the "
                 f"experts' input, and {plan.width} experts per token by backend {backend!r} can't: "
@@ -87,7 +91,7 @@ def bind(
                 "'vllm' are accepted."
             )
         phantom_expert = None
-        if backend == "vllm":
+        if backend == "vllm" and applied:
             phantom_expert = phantom.install(layer, device)
             if phantom_expert is None and plan.width > plan.top_k:
                 raise ValueError(
@@ -107,6 +111,7 @@ def bind(
             expert_device_E=torch.tensor(placed.expert_device, device=device),
             own_device=placed.own_device,
             backend=backend,
+            observes=config.observe,
             phantom=phantom_expert,
             shard=placed.shard,
             first_local=placed.first_local if keeps_rows(layer) else None,
@@ -236,6 +241,15 @@ def placement(config: CapacityConfig, layer: MoERunner, num_experts: int) -> Pla
     return Placement(expert_device, own_device, shard, parallel.ep_size, first_local)
 
 
+def layer_number(layer_name: str) -> int:
+    """The number of the decoder layer that an MoE layer belongs to, by the name vLLM gives it.
+
+    `model.layers.17.mlp.experts` is 17; -1 for a name without a number.
+    """
+    found = re.search(r"\blayers?\.(\d+)\b", layer_name) or re.search(r"\.(\d+)\b", layer_name)
+    return int(found[1]) if found else -1
+
+
 def layer_seed(seed: int | None, layer_name: str) -> int:
     """A seed for the metric `random` that differs by layer and is the same on every rank."""
     return (seed or 0) * 1_000_003 + zlib.crc32(layer_name.encode())
@@ -270,7 +284,15 @@ def log_start(
             f"fill={chosen(config.fill, 'busiest' if plan.busiest else 'capacity')}",
             f"max_experts={chosen(config.max_experts, limit)}",
         ]
+    if config.layers:
+        parts.append(f"own_settings={{{', '.join(entry.name for entry in config.layers)}}}")
     logger.info_once("MoE capacity: %s", ", ".join(parts), scope="local")
+    if config.observe:
+        logger.info_once(
+            "MoE capacity only observes: all is decided and counted, and nothing is applied.",
+            scope="local",
+        )
+        return
     if num_ranks == 1:
         logger.warning_once(
             "MoE capacity is on without expert parallelism: the straggler effect that it removes "

@@ -12,7 +12,7 @@ that torch.compile sees an opaque call of known shape on every platform.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from vllm_capmoe.limits import capacity
 from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import choose_top_k, score_keys
 from vllm_capmoe.reference import route_torch
+
+if TYPE_CHECKING:
+    from vllm_capmoe.integration.trials import LayerTrials
 
 SCORING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
@@ -87,6 +90,8 @@ class CapacityRouter(BaseRouter):
         self.expert_device_E: Tensor | None = None
         self.token_device: Tensor | None = None
         self.shard = Shard()
+        self.observes = False
+        self.trials: LayerTrials | None = None
         self.fills_unused = False
         self.phantom: int | None = None
         self.by_kernel = False
@@ -105,6 +110,7 @@ class CapacityRouter(BaseRouter):
         expert_device_E: Tensor | None,
         own_device: int | None,
         backend: str,
+        observes: bool = False,
         phantom: int | None = None,
         shard: Shard | None = None,
         first_local: int | None = 0,
@@ -121,6 +127,7 @@ class CapacityRouter(BaseRouter):
             own_device: the EP rank that owns the tokens this router sees; None where all ranks
                 see all tokens.
             backend: who computes the experts, see `checks.resolve_backend`.
+            observes: decide and count, and hand on what vLLM's router chose.
             phantom: what the kernels of backend "vllm" get as expert of unused places, instead of
                 -1, which not all of them know; None: experts with weight 0. See `phantom`.
             shard: which part of the batch this router sees; by default all of it.
@@ -132,6 +139,7 @@ class CapacityRouter(BaseRouter):
         self.expert_device_E = expert_device_E
         if own_device is not None:
             self.token_device = torch.full_like(tokens.request, own_device)
+        self.observes = observes
         self.phantom = phantom
         self.fills_unused = backend == "vllm" and phantom is None
         self.shard = shard or Shard()
@@ -178,23 +186,23 @@ class CapacityRouter(BaseRouter):
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
         assert self.plan is not None, "a layer ran before vllm_capmoe bound it"
-        topk_ids = None
-        if not (self.plain and self.by_kernel):
-            _, topk_ids = self.inner._compute_routing(
+        name, topk_ids = _encode_layer_name(self.layer_name), None
+        if self.observes or not (self.plain and self.by_kernel):
+            weights, topk_ids = self.inner._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
-        return torch.ops.capmoe.route(
-            router_logits, topk_ids, self.plan.width, _encode_layer_name(self.layer_name)
-        )
+            if self.observes:
+                return weights, torch.ops.capmoe.observe(router_logits, topk_ids, name)
+        return torch.ops.capmoe.route(router_logits, topk_ids, self.plan.width, name)
 
-    def route(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The capacity step on real tensors.
+    def decide(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Any, Tensor | None]:
+        """Who holds which expert, on real tensors; it is counted, and recorded if that is on.
 
         Args:
             router_logits: [T, E], any float type. topk_ids: int [T, k]; None for the plain top-k.
 
         Returns:
-            weights float32 [T, W] and experts int32 [T, W]; -1 and 0 in unused places.
+            the selection, and the padding of these rows: bool [T], or None where there is none.
         """
         plan, stats, tokens = self.plan, self.stats, self.tokens
         assert plan is not None and stats is not None and tokens is not None
@@ -232,9 +240,20 @@ class CapacityRouter(BaseRouter):
                 is_decode=is_decode,
                 request=request,
             )
+        if self.trials is not None:
+            self.trials.add(self._scores(router_logits), **arguments)
+        return selection, is_padding
+
+    def route(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The capacity step; arguments as `decide`.
+
+        Returns:
+            weights float32 [T, W] and experts int32 [T, W]; -1 and 0 in unused places.
+        """
+        selection, is_padding = self.decide(router_logits, topk_ids)
         weights, experts = selection.weights, selection.experts
         if self.keeps_seats:
-            self._seats = (rows, selection.seats)
+            self._seats = (router_logits.shape[0], selection.seats)
         if self.scale != 1.0:
             weights = weights * self.scale
         if self.fills_unused:
@@ -382,6 +401,21 @@ def route_fake(
         router_logits.new_empty(shape, dtype=torch.float32),
         router_logits.new_empty(shape, dtype=_ids_dtype(topk_ids)),
     )
+
+
+def observe_op(
+    router_logits: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    """`torch.ops.capmoe.observe`: decide and count; a copy of the ids, so that the call stays."""
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    layer.router.decide(router_logits, topk_ids)
+    return topk_ids.clone()
+
+
+def observe_fake(
+    router_logits: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    return torch.empty_like(topk_ids)
 
 
 def _ids_dtype(topk_ids: torch.Tensor | None) -> torch.dtype:

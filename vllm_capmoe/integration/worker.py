@@ -44,13 +44,23 @@ def activate(worker: Any, config: CapacityConfig) -> None:
 
     The methods, all reached by `collective_rpc`: `moe_capacity_counters()` returns the counters of
     every layer, `moe_capacity_totals()` their sums; `moe_capacity_record(on, rows)` starts or stops
-    keeping every step's routing; `moe_capacity_records()` returns what was kept.
+    keeping every step's routing; `moe_capacity_records()` returns what was kept;
+    `moe_capacity_try(trials, ep_size)` tries settings on every step, `moe_capacity_tried()` returns
+    what they would do.
     """
     compat.check_version()
     checks.check_environment(config)
     checks.check_engine(config, worker.vllm_config)
 
-    from vllm_capmoe.integration import custom_ops, experts, kernels, layers, router, step
+    from vllm_capmoe.integration import (
+        custom_ops,
+        experts,
+        kernels,
+        layers,
+        router,
+        step,
+        trials,
+    )
 
     vllm_config = worker.vllm_config
     custom_ops.register()
@@ -70,5 +80,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         layers.moe_capacity_totals,
         layers.moe_capacity_record,
         layers.moe_capacity_records,
+        trials.moe_capacity_try,
+        trials.moe_capacity_tried,
     ):
         setattr(worker, method.__name__, functools.partial(method, vllm_config))

@@ -1,0 +1,175 @@
+"""Settings tried on every step beside the real routing, and never applied: what a planner counts.
+
+For each trial the same `route_torch` decides that would decide in earnest, so what is counted is
+what a run with that setting does on the same step. Nothing here is meant for serving: every step
+waits for the host.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+
+from vllm_capmoe.config import CapacityConfig
+from vllm_capmoe.integration.layers import layer_number, moe_layers
+from vllm_capmoe.plan import Plan, resolve
+from vllm_capmoe.ranking import choose_top_k, score_keys
+from vllm_capmoe.reference import route_torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class LayerTrials:
+    """The trials of one layer, and what they have counted.
+
+    plans: by name. rank_E: int64 [E], the rank on which each expert would live.
+    loads: the load of every expert in each step with prompt tokens, before any limit.
+    counts: by kind of step ("prompt" where it has a prompt token, else "decode"), then by trial,
+        the sums that `vllm_capmoe.planner.counts.Counts` names.
+    decode_tokens: those of the steps without a prompt token.
+    """
+
+    def __init__(self, plans: Mapping[str, Plan], rank_E: Tensor):
+        self.plans, self.rank_E = plans, rank_E
+        self.loads: list[list[int]] = []
+        self.counts: dict[str, dict[str, dict[str, float]]] = {"prompt": {}, "decode": {}}
+        self.decode_tokens = 0
+
+    def add(self, scores_TE: Tensor, *, topk_TK: Tensor | None, **step: Any) -> None:
+        """Try all plans on a step. scores_TE: float32 [T, E]. The rest as `route_torch` takes it.
+
+        The ranks are those that are planned for: no token belongs to one of them.
+        """
+        plan = next(iter(self.plans.values()))
+        topk_TK = choose_top_k(score_keys(scores_TE), plan.top_k, topk_TK)
+        real_T, prompt_T = _masks(scores_TE, step["is_padding_T"], step["is_decode_T"])
+        if not bool(real_T.any()):
+            return
+        kind = "prompt" if bool(prompt_T.any()) else "decode"
+        if kind == "decode":
+            self.decode_tokens += int(real_T.sum())
+        step = {**step, "device_E": self.rank_E, "token_device_T": None}
+        before_E = _loads(topk_TK, real_T, plan.num_experts)
+        if kind == "prompt":
+            self.loads.append(before_E.tolist())
+        mass = _mass(scores_TE, topk_TK, real_T[:, None].expand_as(topk_TK))
+        for name, tried in self.plans.items():
+            selection = route_torch(scores_TE, tried, topk_TK=topk_TK, **step)
+            held_TW = selection.experts.long()
+            own_TW = (held_TW[:, :, None] == topk_TK[:, None, :]).any(2) & real_T[:, None]
+            kept = int(own_TW.sum())
+            after_E = selection.load_after
+            counted = {
+                "steps": 1,
+                "assignments": int(before_E.sum()),
+                "dropped": int(before_E.sum()) - kept,
+                "added": int(after_E.sum()) - kept,
+                "left_without": int(selection.left_without),
+                "mass": mass,
+                "lost": mass - _mass(scores_TE, held_TW, own_TW),
+                "held": _mass(scores_TE, held_TW, held_TW >= 0),
+                "peak_before": int(before_E.max()),
+                "peak_after": int(after_E.max()),
+                "rank_before": self._busiest_rank(before_E),
+                "rank_after": self._busiest_rank(after_E),
+                "active_before": int((before_E > 0).sum()),
+                "active_after": int((after_E > 0).sum()),
+            }
+            sums = self.counts[kind].setdefault(name, defaultdict(int))
+            for counter, value in counted.items():
+                sums[counter] += value
+
+    def _busiest_rank(self, load_E: Tensor) -> int:
+        ranks = torch.zeros(int(self.rank_E.max()) + 1, dtype=torch.int64, device=load_E.device)
+        return int(ranks.scatter_add_(0, self.rank_E, load_E.long()).max())
+
+
+def _masks(
+    scores_TE: Tensor, is_padding_T: Tensor | None, is_decode_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """bool [T] each: real rows, and those of them that are prompt."""
+    real_T = torch.ones(scores_TE.shape[0], dtype=torch.bool, device=scores_TE.device)
+    if is_padding_T is not None:
+        real_T = ~is_padding_T
+    return real_T, real_T if is_decode_T is None else real_T & ~is_decode_T
+
+
+def _loads(topk_TK: Tensor, real_T: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: the assignments of real tokens."""
+    return torch.bincount(topk_TK[real_T].reshape(-1), minlength=num_experts)
+
+
+def _mass(scores_TE: Tensor, experts_TW: Tensor, counted_TW: Tensor) -> float:
+    """The sum of S over the assignments that count."""
+    mass_TW = scores_TE.double().gather(1, experts_TW.clamp(min=0))
+    return float(mass_TW.nan_to_num(0.0).where(counted_TW, 0.0).sum())
+
+
+def moe_capacity_try(
+    vllm_config: "VllmConfig", trials: dict[str, dict[str, Any]], ep_size: int
+) -> None:
+    """Try settings on every step from here on; none of them: stop, and forget what was counted.
+
+    trials: by name, what `CapacityConfig.from_dict` takes. ep_size: the ranks over which the
+    experts of a layer are spread in blocks, for what is counted by rank.
+
+    Raises:
+        ValueError: ep_size doesn't divide the experts of a layer, or steps are replayed from CUDA
+            graphs, in which nothing reaches the host.
+    """
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if trials and graphs not in (None, CUDAGraphMode.NONE):
+        raise ValueError(
+            f"trials need every step, but the CUDA graphs of cudagraph_mode {graphs.name} hide "
+            "them: --enforce-eager is accepted."
+        )
+    for layer in moe_layers(vllm_config):
+        router = layer.router
+        experts = router.num_logical_experts
+        if experts % ep_size:
+            raise ValueError(
+                f"--ep-size is {ep_size}, but it must divide the {experts} experts of layer "
+                f"{layer.layer_name}."
+            )
+        ranks = [expert // (experts // ep_size) for expert in range(experts)]
+        plans = {
+            name: resolve(
+                CapacityConfig.from_dict(config),
+                num_experts=experts,
+                top_k=router.top_k,
+                expert_device=ranks,
+                renormalize=router.renormalize,
+            )
+            for name, config in trials.items()
+        }
+        device = router.stats.counts.device
+        router.trials = LayerTrials(plans, torch.tensor(ranks, device=device)) if plans else None
+
+
+def moe_capacity_tried(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
+    """What the trials have counted, layer by layer, as plain numbers.
+
+    The keys of a layer are the fields of `vllm_capmoe.planner.counts.Layer`, and `decode_tokens`.
+    """
+    found = []
+    for layer in moe_layers(vllm_config):
+        trials: LayerTrials = layer.router.trials
+        counts = {
+            kind: {name: dict(sums) for name, sums in by_trial.items()}
+            for kind, by_trial in trials.counts.items()
+        }
+        found.append(
+            {
+                "number": layer_number(layer.layer_name),
+                "experts": layer.router.num_logical_experts,
+                "top_k": layer.router.top_k,
+                "loads": trials.loads,
+                "decode_tokens": trials.decode_tokens,
+                **counts,
+            }
+        )
+    return found
