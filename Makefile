@@ -28,14 +28,15 @@ test: venv  ## run the whole test suite
 	$(BIN)/pytest
 
 # What touches vLLM most; `make test-033 SELECT=` runs all tests of these files.
-SELECT ?= router or phantom or test_step or off_is_stock or without_a_limit or passes_its_limit \
+SELECT ?= router or phantom or vllm_kernels or test_step or off_is_stock or without_a_limit or passes_its_limit \
 	or (test_server and not expanded) or (test_engine_args and not bench and not batch)
 
 test-033:  ## test the seams on vLLM 0.33, and the kernels with its Triton (.venv033)
 	@PYTHON="$(PYTHON)" bash .ci/make_venv_033.sh .venv033
 	.venv033/bin/pytest tests/kernels/test_routing_aot.py tests/kernels/test_experts_aot.py
 	VLLM_TARGET_DEVICE=cpu .venv033/bin/pytest tests/kernels/test_router.py tests/plugin/test_step.py \
-		tests/plugin/test_router.py tests/plugin/test_phantom.py tests/plugin/test_engine_args.py \
+		tests/plugin/test_router.py tests/plugin/test_phantom.py tests/plugin/test_vllm_kernels.py \
+		tests/plugin/test_engine_args.py \
 		tests/e2e/test_engine.py tests/e2e/test_server.py -k "$(SELECT)"
 
 lint: venv  ## check style, format and types

@@ -64,7 +64,7 @@ from vllm_capmoe.reference import route_torch
 
 if not ours.INTERPRETED:
     pytest.skip(
-        "checks addresses under Triton's interpreter; on a GPU compute-sanitizer does",
+        "checks addresses under Triton's interpreter; on a GPU see test_interpreted.py",
         allow_module_level=True,
     )
 

@@ -319,16 +319,59 @@ def test_expert_map_and_weight_on_input(on_input: bool, config: str) -> None:
     assert_as_good_as_torch(case, case.run(CONFIGS[config]))
 
 
+@pytest.mark.parametrize("activation", ["swigluoai", "swiglustep"])
+def test_the_limit_that_is_not_given_is_vllms(activation: str) -> None:
+    """Gates and ups far beyond 7."""
+    case = make_case(activation=activation)
+    case.hidden *= 16
+    assert bool((F.linear(case.hidden, case.w13[0]).abs() > 14).any())
+    assert_as_good_as_torch(case, case.run(CONFIGS["descriptors"]))
+
+
+def test_parts_of_a_split_sum_are_added_in_float32() -> None:
+    """1001 - 1000 = 1; in bfloat16 the first part alone would be 1000."""
+    case = make_case(1, 1, 1, 1, 32, activation="relu2_no_mul", experts=torch.zeros(1, 1).long())
+    for tensor in (case.hidden, case.w13, case.weights):
+        tensor.fill_(1)
+    case.w2.zero_()
+    case.w2[0, 0, [0, 1, 16]] = torch.tensor([1000, 1, -1000]).to(case.w2)
+    for config in (CONFIGS["swapped"], _config(split_k=2)):
+        assert case.run(config).tolist() == [[1.0]]
+
+
+def test_rows_of_the_result_may_lie_far_apart() -> None:
+    """The third row begins 2^31 elements after the first. (The pages between are never touched.)"""
+    case = make_case(3, 1, 1, 16, 16, experts=torch.zeros(3, 1).long())
+    expected = case.run(CONFIGS["pointers"]).clone()
+    far = torch.empty(2**31 + 16, dtype=torch.bfloat16, device=DEVICE).as_strided(
+        (3, 16), (2**30, 1)
+    )
+    for row in far:
+        case.walled.allow(row)
+    args = (case.hidden, case.w13, case.w2, case.weights, case.experts)
+    sizes = ours.workspace_sizes(3, 1, 16, 16, torch.bfloat16, CONFIGS["pointers"])
+    spaces = tuple(case.walled.nans(size, dtype=torch.bfloat16) for size in sizes)
+    seats = ours.make_seats(case.experts, 1)
+    for tensor in (seats.order, seats.offsets):
+        case.walled.allow(tensor)
+    with case.walled.watched():
+        ours.fused_experts(
+            *args, seats, activation="silu", config=CONFIGS["pointers"], workspaces=spaces, out=far
+        )
+    assert torch.equal(far, expected)
+
+
 def test_configuration_by_heuristics() -> None:
     case = make_case(6, 2, 4, 48, 32)
     assert_as_good_as_torch(case, case.run())
     assert_as_good_as_torch(case, case.run(max_rows_per_expert=6))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_launch_options_of_the_tuner(flatten: bool, pdl: bool) -> None:
-    """The interpreter knows neither; on a GPU they order loads and launches anew."""
+    """They order loads and launches anew, which the interpreter knows nothing of."""
     case = make_case(40, 3, 4, 48, 40)
     config = dataclasses.replace(_config(flatten=flatten), pdl=pdl)
     assert_as_good_as_torch(case, case.run(config))
@@ -356,9 +399,11 @@ def test_repeats_bitwise(config: str) -> None:
 def test_a_cuda_graph_holds_the_call(tokens: int) -> None:
     """Captured once, it serves other tokens, other experts and other loads."""
     case = make_case(tokens, 2, 8, 256, 128)
+    case.weights.uniform_()  # no NaN where an expert may come to stand
 
     def call() -> Tensor:
-        return ours.fused_experts(case.hidden, case.w13, case.w2, case.weights, case.experts)
+        args = (case.hidden, case.w13, case.w2, case.weights, case.experts)
+        return ours.fused_experts(*args, activation="silu")
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -369,6 +414,7 @@ def test_a_cuda_graph_holds_the_call(tokens: int) -> None:
         case.experts.copy_(torch.randint(-1, highest, case.experts.shape))
         graph.replay()
         assert torch.equal(captured, call())
+        assert_as_good_as_torch(case, captured)
 
 
 def test_makes_what_is_not_given() -> None:

@@ -157,12 +157,39 @@ def test_tuned_file_goes_before_heuristics(tmp_path: Path, monkeypatch: pytest.M
     assert choose() == default_config(*shape, chip=H100)
     monkeypatch.setenv(launch.CONFIG_FOLDER_VARIABLE, str(tmp_path))
     assert choose().gate_up == GemmConfig(16, 64, 128, 1, 4, 4)
+    # The user's folder goes before the package's, which serves where the user's has nothing.
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / name).write_text(json.dumps({"1": {**VLLM, "GROUP_SIZE_M": 3}}))
+    monkeypatch.setattr(launch, "CONFIG_FOLDER", package)
+    launch._tuned.cache_clear()
+    assert choose().gate_up.group_m == 1
+    monkeypatch.setenv(launch.CONFIG_FOLDER_VARIABLE, str(tmp_path / "nothing here"))
+    assert choose().gate_up.group_m == 3
+    launch.choose_config.cache_clear()
+    launch._tuned.cache_clear()
+
+
+def test_tuned_values_are_cut_to_the_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = launch.config_file_name(8, 14336, "small one")
+    deep = {**VLLM, "BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "num_stages": 6}
+    (tmp_path / name).write_text(json.dumps({"1": deep}))
+    monkeypatch.setenv(launch.CONFIG_FOLDER_VARIABLE, str(tmp_path))
+    whole = launch.load_configs(tmp_path / name)[1]
+    config = launch.choose_config(4, 2, 8, 4096, 14336, chip=L40, device_name="small one")
+    for given, cut in ((whole.gate_up, config.gate_up), (whole.down, config.down)):
+        assert shared_bytes(given, 2) > L40.shared_limit >= shared_bytes(cut, 2)
     launch.choose_config.cache_clear()
 
 
-def test_shipped_files_can_be_read() -> None:
-    for path in launch.CONFIG_FOLDER.glob("*.json"):
-        assert launch.load_configs(path)
+def test_of_two_keys_as_near_the_larger_one_is_used() -> None:
+    configs = {
+        key: ExpertsConfig(GemmConfig(16, 64, 128, key), GemmConfig(16, 64, 128))
+        for key in (2, 4, 8)
+    }
+    assert [launch.nearest_config(configs, t).gate_up.group_m for t in (1, 3, 5, 6, 7)] == [
+        2, 4, 4, 8, 8,
+    ]  # fmt: skip
 
 
 def test_needs_the_standard_library_only() -> None:

@@ -13,7 +13,10 @@ from capmoe_kernels import routing
 
 pytest.importorskip("vllm")
 if not routing.INTERPRETED:
-    pytest.skip("the routers of these tests are on the CPU", allow_module_level=True)
+    pytest.skip(
+        "the routers of these tests are on the CPU: see test_interpreted.py",
+        allow_module_level=True,
+    )
 
 from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
 from vllm.forward_context import override_forward_context

@@ -398,7 +398,11 @@ def test_ids_out_of_range_stay_inside(launches: str) -> None:
     plan = resolve(config, num_experts=4, top_k=2, expert_device=[0, 0, 1, 1])
     plan = dataclasses.replace(plan, local=True)
     topk = torch.stack([far, far.flip(0)], dim=1)
-    run(route_triton, scores, plan, topk_TK=topk, device_E=far[:4], token_device_T=far)
+    got = run(route_triton, scores, plan, topk_TK=topk, device_E=far[:4], token_device_T=far)
+    assert got.experts.shape == (24, plan.width)
+    assert bool(((got.experts >= -1) & (got.experts < 4)).all())
+    assert not bool(got.weights[got.experts < 0].any()) and bool(got.weights.isfinite().all())
+    assert int(got.load_after.sum()) == int((got.experts >= 0).sum())
 
 
 def test_worked_example_through_the_public_door() -> None:

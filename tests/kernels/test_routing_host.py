@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.runtime import interpreter
 
 from capmoe_kernels import _routing_launch as launch
 from capmoe_kernels import routing
@@ -16,6 +18,22 @@ from vllm_capmoe import CapacityConfig, limits, ranking
 from vllm_capmoe.plan import Plan, resolve
 
 DEVICE = "cpu" if routing.INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the title promises: a launch, compiled or interpreted, fails the test."""
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a kernel was launched")
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", launched)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+
+
+def test_the_guard_sees_a_launch() -> None:
+    with pytest.raises(pytest.fail.Exception, match="a kernel was launched"):
+        route_triton(torch.rand(4, 8, device=DEVICE), make_plan(8, 2))
 
 
 def make_plan(E: int, k: int, **config: Any) -> Plan:

@@ -129,7 +129,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def choosing(mode: str) -> Iterator[None]:
     """vLLM's oracles as they are under a mode."""
     vllm_config = VllmConfig()
-    vllm_config.model_config = SimpleNamespace(quantization_config=None)  # what mxfp4.py reads
+    vllm_config.model_config = SimpleNamespace(
+        quantization_config=None, hf_text_config=SimpleNamespace()
+    )  # all that the oracles read of the model
     vllm_config.additional_config = {"moe_capacity": CapacityConfig(mode=mode).to_dict()}
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(vllm_config):
         for seam in kernels.patches():

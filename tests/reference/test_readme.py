@@ -1,5 +1,6 @@
 """The README tells the truth about flags, defaults, versions, metrics and the start-up line."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,8 +26,18 @@ def test_versions_metrics_and_the_start_up_line(repo_root: Path) -> None:
     sources = repo_root / "vllm_capmoe" / "integration"
     versions = re.search(r'SUPPORTED_TEXT = "(.+)"', (sources / "compat.py").read_text())
     assert versions is not None and f"vLLM {versions.group(1)}" in readme
-    for series in re.findall(r'^    "([a-z_]+)": "', (sources / "metrics.py").read_text(), re.M):
+    calls = list(ast.walk(ast.parse((sources / "stats.py").read_text())))
+    names = {
+        value.value
+        for call in calls
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Counter"
+        for value in [*call.args[3:4], *(k.value for k in call.keywords if k.arg == "series")]
+        if isinstance(value, ast.Constant)
+    }
+    assert {"assignments", "dropped_assignments", "peak_load"} <= names
+    for series in names:
         assert f"`{series}`" in readme
     line = readme[readme.index("MoE capacity: mode=") :].split("\n\n")[0]
     keys = re.findall(r'f"([a-z_]+)=\{', (sources / "layers.py").read_text())
+    assert {"mode", "factor", "layers", "backend"} <= set(keys)
     assert set(keys) == set(re.findall(r"([a-z_]+)=", line))

@@ -247,8 +247,10 @@ def test_a_missing_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         route(CROWDED, 1, config(), backend="triton")
 
 
-def test_backend_torch_is_the_default() -> None:
-    assert held(route(CROWDED, 1, config(), backend="torch")) == held(route(CROWDED, 1, config()))
+def test_on_the_cpu_nothing_but_torch_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "capmoe_kernels.routing", None)
+    for backend in ({}, {"backend": "auto"}, {"backend": "torch"}):
+        assert held(route(CROWDED, 1, config(), **backend)) == [[], [0], [], [0]]
 
 
 @pytest.mark.parametrize("module", [vllm_capmoe.limits, vllm_capmoe.ops])
