@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.distributed.eplb.eplb_state import EplbLayerState
 from vllm.forward_context import (
     DPMetadata,
     ForwardContext,
@@ -15,7 +14,6 @@ from vllm.forward_context import (
 )
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
-from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from vllm_capmoe import CapacityConfig
@@ -156,19 +154,10 @@ def tokens() -> Iterator[StepTokens]:
         yield tokens
 
 
-def router(
-    tokens: StepTokens,
-    part: int = 0,
-    parts: int = 1,
-    physical: int = E,
-    eplb_state: Any = None,
-    **settings: Any,
-) -> Any:
+def router(tokens: StepTokens, part: int = 0, parts: int = 1, **settings: Any) -> Any:
     config = CapacityConfig(mode="drop", factor=0.5, min_capacity=1, **settings)
-    inner = CPURouter(top_k=K, global_num_experts=physical)
-    inner.eplb_state = eplb_state
     made = CapacityRouter(
-        inner,
+        CPURouter(top_k=K, global_num_experts=E),
         top_k=K,
         num_logical_experts=E,
         scoring_func="softmax",
@@ -258,45 +247,3 @@ def test_a_part_of_other_rows_is_refused(tokens):
     logits = torch.zeros(18, E)
     with pytest.raises(RuntimeError, match=r"routes 18 rows of a step of 37 \(part 1 of 2\)"):
         router(tokens, 1, parts=2).route(logits, logits.topk(K).indices)
-
-
-def test_capacity_is_decided_on_logical_experts(tokens, monkeypatch):
-    """Eight experts in ten places: experts 0 and 1 twice. What vLLM maps has no replicas yet.
-
-    vLLM's mapping is a Triton kernel on GPUs and nothing at all on the CPU, so its rule stands
-    here: by a hash of the token to one of the replicas, -1 to -1.
-    """
-    replicas = torch.tensor([[0, 8], [1, 9]] + [[e, -1] for e in range(2, E)])
-    state = EplbLayerState()
-    for name in (
-        "expert_load_view",
-        "logical_to_physical_map",
-        "logical_replica_count",
-        "should_record_tensor",
-    ):
-        setattr(state, name, torch.zeros(1))
-    state.num_unpadded_tokens_tensors = [torch.zeros(1)]
-    logical: list[torch.Tensor] = []
-
-    def to_physical(topk_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        logical.append(topk_ids)
-        token = torch.arange(topk_ids.shape[0])[:, None]
-        count = torch.where(topk_ids < 2, 2, 1)
-        return torch.where(topk_ids < 0, -1, replicas[topk_ids.clamp(min=0), token % count])
-
-    monkeypatch.setattr(base_router, "eplb_map_to_physical_and_record", to_physical)
-    made = router(tokens, physical=E + 2, eplb_state=state)
-    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(1))
-    logits[:, 0] += 2.0  # a hot expert
-    topk_ids = logits.topk(K).indices
-    made._compute_routing = lambda *args, **kwargs: made.route(logits, topk_ids)
-    made.phantom = E + 2  # of vLLM's own kernels: after the mapping, which knows no such expert
-    _, physical = made.select_experts(hidden_states=logits, router_logits=logits)
-    physical = torch.where(physical == E + 2, -1, physical)
-    (record,) = made.stats.records
-    # Eight experts, not ten: ceil(0.5 * 35 * 2 / 8).
-    assert record["capacity"] == [[5]]
-    assert logical[0].tolist() == record["experts"]
-    loads = torch.bincount(physical[physical >= 0].long(), minlength=E + 2)
-    assert int(loads[0] + loads[8]) == record["load_after"][0] <= 5 + 5  # five decode tokens
-    assert loads[8] > 0 and int((physical < 0).sum()) == int((logical[0] < 0).sum()) > 0
