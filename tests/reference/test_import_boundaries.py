@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+# The modules of `integration` that only a worker with a mode needs.
+PATH = ("router", "experts", "layers", "step", "stats", "phantom", "custom_ops")
 
 PROBE = """
 import importlib, json, sys
@@ -77,3 +82,49 @@ def test_the_public_names_are_there_without_vllm() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def imports_of(path: Path) -> set[str]:
+    """All modules that a file imports anywhere, inside of functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and not node.level, f"{path} imports relatively"
+            names.add(node.module)
+    return names
+
+
+def test_imports_run_one_way(repo_root: Path) -> None:
+    """Integration on routing and experts, these on the kernels; never back, not lazily either."""
+    kernels = sorted((repo_root / "kernels" / "capmoe_kernels").glob("*.py"))
+    core = sorted((repo_root / "vllm_capmoe").glob("*.py"))
+    assert kernels and core
+    for path in (*kernels, *core):
+        tops = {name.split(".")[0] for name in imports_of(path)}
+        assert "vllm" not in tops, path
+        assert "vllm_capmoe" not in tops or path in core, path
+    for path in core:
+        inside = [name for name in imports_of(path) if "vllm_capmoe.integration" in name]
+        assert not inside or path.name == "__init__.py", path  # which says where `register` is
+
+
+@pytest.mark.engine
+def test_off_loads_nothing_of_the_execution_path() -> None:
+    """What vLLM loads in every process of an engine, until a worker starts with a mode."""
+    pytest.importorskip("vllm")
+    code = (
+        "import sys, vllm_capmoe; vllm_capmoe.register()\n"
+        "from vllm.engine.arg_utils import EngineArgs; EngineArgs(model='m')\n"
+        "print(*(name for name in sys.modules if name.startswith(('vllm_cap', 'capmoe'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "vllm_capmoe.integration.engine_args" in loaded
+    assert not {name for name in loaded if name.startswith("capmoe_kernels")}
+    for part in ("reference", "ops", "experts", *(f"integration.{name}" for name in PATH)):
+        assert f"vllm_capmoe.{part}" not in loaded
