@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -84,3 +85,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cpu" if has_gpu else "gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+seconds_by_folder: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    seconds_by_folder[Path(report.location[0]).parent.name] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what each folder took."""
+    took = ", ".join(f"{name} {s:.0f} s" for name, s in sorted(seconds_by_folder.items()))
+    terminalreporter.write_line(f"by folder: {took}")
