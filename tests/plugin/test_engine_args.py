@@ -82,6 +82,15 @@ def test_flags_and_additional_config_are_merged():
     assert capacity_config(both.additional_config) == expected
 
 
+def test_further_api_servers_get_the_flags():
+    """They are made from the same parsed arguments, before they have loaded any plugin."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", "m", "--moe-capacity-mode", "drop"])
+    made = AsyncEngineArgs.from_cli_args(arguments)
+    assert arguments.additional_config == made.additional_config
+    assert capacity_config(arguments.additional_config) == CapacityConfig(mode="drop")
+
+
 def test_contradicting_ways_are_refused():
     with pytest.raises(
         ValueError, match=r"--moe-capacity-factor came as 1\.5 and in .*moe_capacity.* as 2:"
