@@ -69,7 +69,7 @@ def run(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
                     env=environment(**more, **(env or {})),
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    timeout=400,
+                    timeout=550,
                     check=False,
                 ).returncode
             text = log.read_text(errors="replace")

@@ -95,7 +95,7 @@ def serve(model: Path, folder: Path, *arguments: str, **env: str) -> Iterator[Se
         )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 540  # below the timeout of a test
         while True:
             assert process.poll() is None, f"the server ended:\n{server.text()[-6000:]}"
             assert time.monotonic() < deadline, f"no server:\n{server.text()[-6000:]}"
