@@ -1,16 +1,22 @@
 """gamma = 1: every rank keeps its limit, and ranks that must agree do, step by step."""
 
+import json
 import math
+import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import DATA_PARALLEL, TENSOR_PARALLEL
+from clusters import DATA_PARALLEL, TENSOR_PARALLEL, start
+from engines import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
 TEXT = "Experts that are overloaded drop the tokens that they need least, say those who know. "
 NO_LIMIT = 2**31 - 1
+OFFLINE = Path(__file__).parent.parent / "e2e" / "run_engine.py"
 
 Step = dict[str, Any]
 
@@ -118,29 +124,76 @@ def data_parallel(run_ranks) -> dict[str, Any]:
     )
 
 
+def check_own_limit(records: list[Step], rank: int) -> tuple[int, int, int]:
+    """Limits count the rank's own tokens; extra candidates are experts that live on it.
+
+    Returns the steps in which the limit did something, the assignments that Expanded Drop added,
+    and the steps without a token.
+    """
+    limited, expanded, idle = 0, 0, 0
+    local = range(4 * rank, 4 * rank + 4)
+    for step in records:
+        tokens = real_tokens(step)
+        idle += tokens == 0
+        ((capacity,),) = step["capacity"]
+        if capacity == NO_LIMIT:
+            assert step["load_after"] == step["load_before"]
+            continue
+        assert capacity == max(1, math.ceil(tokens * 2 / 8))
+        for load, decode in zip(step["load_after"], decode_load(step), strict=True):
+            assert load <= max(capacity, decode)
+        limited += step["load_after"] != step["load_before"]
+        for held, topk in zip(step["experts"], step["topk"], strict=True):
+            extra = {expert for expert in held if expert >= 0} - set(topk)
+            assert all(expert in local for expert in extra)
+            expanded += len(extra)
+    return limited, expanded, idle
+
+
 def test_each_data_parallel_rank_keeps_its_own_limit(data_parallel):
-    """Limits count a rank's own tokens; extra candidates are experts that live on it."""
-    limited, expanded, idle = [0, 0], [0, 0], [0, 0]
     for rank in (0, 1):
         (records,) = data_parallel["records"][rank]
-        local = range(4 * rank, 4 * rank + 4)
-        for step in records:
-            tokens = real_tokens(step)
-            idle[rank] += tokens == 0
-            ((capacity,),) = step["capacity"]
-            if capacity == NO_LIMIT:
-                assert step["load_after"] == step["load_before"]
-                continue
-            assert capacity == max(1, math.ceil(tokens * 2 / 8))
-            for load, decode in zip(step["load_after"], decode_load(step), strict=True):
-                assert load <= max(capacity, decode)
-            limited[rank] += step["load_after"] != step["load_before"]
-            for held, topk in zip(step["experts"], step["topk"], strict=True):
-                extra = {expert for expert in held if expert >= 0} - set(topk)
-                assert all(expert in local for expert in extra)
-                expanded[rank] += len(extra)
-    assert min(limited) >= 4 and min(expanded) > 0
-    assert idle[1] >= 20, "rank 1 was never idle while rank 0 worked"
+        limited, expanded, idle = check_own_limit(records, rank)
+        assert limited >= 4 and expanded > 0
+    assert idle >= 20, "rank 1 was never idle while rank 0 worked"
+
+
+def test_each_offline_data_parallel_process_keeps_its_own_limit(example_model, tmp_path):
+    """`LLM` in two processes that VLLM_DP_RANK makes ranks, as vLLM's example has it."""
+    port = free_port()
+    engine = {
+        "model": str(example_model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 128,
+        "enable_expert_parallel": True,
+        "moe_capacity_mode": "expanded",
+        "moe_capacity_factor": 1.0,
+        "moe_capacity_min_capacity": 1,
+    }
+
+    def run(rank: int) -> dict[str, Any]:
+        prompts = [TEXT * (3 + n) for n in range(6 if rank == 0 else 2)]
+        spec = {"engine": engine, "batches": [prompts], "max_tokens": 8, "capacity": True}
+        before, after = tmp_path / f"{rank}.spec.json", tmp_path / f"{rank}.json"
+        before.write_text(json.dumps(spec))
+        command = [sys.executable, str(OFFLINE), str(before), str(after)]
+        ranks = {"VLLM_DP_RANK": str(rank), "VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_PORT": str(port)}
+        env = {**ranks, "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        log = start(command, tmp_path / f"{rank}.log", 550, **env)
+        return json.loads(after.read_text()) | {"log": log}
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, (0, 1)))
+    for rank, result in enumerate(results):
+        assert "ranks=2, backend=torch (auto)" in result["log"]
+        assert "candidates=local (auto)" in result["log"]
+        limited, expanded, _ = check_own_limit(result["records"][0], rank)
+        assert limited >= 4 and expanded > 0
+        counted = sum(layer["load_before"][0] for layer in result["counters"])
+        assert counted == sum(step["load_before"][0] for step in result["records"][0]) > 0
 
 
 def test_what_a_rank_receives_is_within_the_sum_of_the_limits(data_parallel):
