@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 # The modules of `integration` that only a worker with a mode needs.
-PATH = ("router", "experts", "layers", "step", "stats", "phantom", "custom_ops")
+PATH = ("router", "experts", "layers", "step", "phantom", "custom_ops")
 
 PROBE = """
 import importlib, json, sys
@@ -126,5 +126,5 @@ def test_off_loads_nothing_of_the_execution_path() -> None:
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "vllm_capmoe.integration.engine_args" in loaded
     assert not {name for name in loaded if name.startswith("capmoe_kernels")}
-    for part in ("reference", "ops", "experts", *(f"integration.{name}" for name in PATH)):
+    for part in ("ops", "experts", *(f"integration.{name}" for name in PATH)):
         assert f"vllm_capmoe.{part}" not in loaded
