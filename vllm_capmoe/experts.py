@@ -32,6 +32,7 @@ __all__ = [
     "fused_experts_prepared",
     "fused_experts_torch",
     "prepare_weights",
+    "unpack_weights",
 ]
 
 # Rows of one product. 512 reach the same FLOP/s as 2048 on an EPYC with AVX-512 BF16, keep the
@@ -227,6 +228,21 @@ def prepare_weights(
         down_bias = tuple(w2_bias.detach().to(dtype).clone())
     biases = (gate_bias, up_bias, down_bias)
     return PreparedExperts(act, num_experts, hidden, dtype, tuple(gate), tuple(up), down, *biases)
+
+
+@torch.no_grad()
+def unpack_weights(prepared: PreparedExperts) -> tuple[Tensor, Tensor]:
+    """`w13` and `w2` as :func:`prepare_weights` took them, bit for bit, contiguous."""
+    act = prepared.activation
+    gate = torch.stack([packed.to_dense() for packed in prepared.gate])
+    if act.gated:
+        up = torch.stack([packed.to_dense() for packed in prepared.up])
+        gate = (
+            torch.stack([gate, up], 2).flatten(1, 2)
+            if act.interleaved
+            else torch.cat([gate, up], 1)
+        )
+    return gate, torch.stack([packed.to_dense() for packed in prepared.down])
 
 
 @torch.no_grad()

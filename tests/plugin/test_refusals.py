@@ -271,14 +271,6 @@ def test_a_vllm_with_another_seam_serves_off_and_refuses_a_mode(example_model, m
     assert "IncompatibleVLLMError" in done.stderr and "leave --moe-capacity-mode off" in done.stderr
 
 
-def test_scope_request_turns_prefix_caching_off(example_model):
-    settings = {"moe_capacity_mode": "drop", "moe_capacity_scope": "request"}
-    assert not engine_config(example_model, **settings).cache_config.enable_prefix_caching
-    with pytest.raises(ValueError, match="--enable-prefix-caching hands what one request computed"):
-        engine_config(example_model, **settings, enable_prefix_caching=True)
-    assert engine_config(example_model, moe_capacity_mode="drop").cache_config.enable_prefix_caching
-
-
 @pytest.mark.parametrize("key", ["moe-capacity", "moe_capacity_mode", "MoE_Capacity"])
 def test_a_key_that_is_nearly_right_is_refused(example_model, key):
     with pytest.raises(ValueError, match=f"has the key '{key}', but 'moe_capacity' is accepted"):

@@ -6,6 +6,7 @@ worker          a worker starts: activate the rest if a mode is on
 router          capacity behind vLLM's router          step      decode tokens, request ids
 experts         our experts as a vLLM kernel           stats     counters on the device
 layers          binds the loaded model's layers        metrics   Prometheus series, log
+isolation       what scope `request` refuses           compile_cache    vLLM's keys of graphs
 kernels         what vLLM's own kernels do with dropped assignments
 compat          supported versions, and how vLLM is patched
 """

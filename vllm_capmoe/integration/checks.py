@@ -7,10 +7,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vllm_capmoe.config import CapacityConfig
+from vllm_capmoe.integration import isolation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import EngineArgs
 
 
 def check_environment(config: CapacityConfig) -> None:
@@ -28,26 +28,6 @@ def check_environment(config: CapacityConfig) -> None:
             f"--moe-capacity-mode is {config.mode!r}, but VLLM_MOE_SKIP_PADDING=0 hides which "
             "tokens are padding: 1, vLLM's default, is accepted."
         )
-
-
-def isolate_requests(config: CapacityConfig, engine_args: "EngineArgs") -> None:
-    """In scope request, turn prefix caching off, unless it was asked for: that is refused.
-
-    What a prompt's beginning becomes depends on the rest of that prompt, since both share a limit.
-    A cached prefix would carry one request's limit into another one.
-    """
-    from vllm.logger import init_logger
-
-    if config.scope != "request" or config.observe:
-        return
-    if engine_args.enable_prefix_caching:
-        raise ValueError(
-            "--moe-capacity-scope is 'request', but --enable-prefix-caching hands what one request "
-            "computed to others: --no-enable-prefix-caching, the default with this scope, is "
-            "accepted."
-        )
-    engine_args.enable_prefix_caching = False
-    init_logger("vllm.capmoe").info_once("MoE capacity: scope 'request' turns prefix caching off.")
 
 
 def check_engine(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
@@ -93,6 +73,7 @@ def _check_variant(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
             )
     for setting, value, accepted in _unserved(vllm_config):
         raise ValueError(f"{mode} {setting} is {value!r}: {accepted} is accepted with it.")
+    isolation.check_caches(config, vllm_config)
     if config.priority != "uniform":
         raise ValueError(
             f"--moe-capacity-priority is {config.priority!r}, but the engine doesn't tell the "

@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 from vllm_capmoe.config import OPTIONS, CapacityConfig
-from vllm_capmoe.integration import checks, compat, metrics
+from vllm_capmoe.integration import checks, compat, isolation, metrics
 from vllm_capmoe.integration.compat import Function, Patch
 
 KEY = "moe_capacity"
@@ -157,10 +157,14 @@ def _validate(original: Function) -> Function:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = capacity_config(self.additional_config)
         if not config.enabled:
+            if isinstance(self.additional_config, dict):  # vLLM hashes what is there
+                self.additional_config = {
+                    k: v for k, v in self.additional_config.items() if k != KEY
+                }
             return original(self, *args, **kwargs)
         compat.check_version()
         checks.check_environment(config)
-        checks.isolate_requests(config, self)
+        isolation.turn_prefix_caching_off(config, self)
         vllm_config = original(self, *args, **kwargs)
         checks.check_engine(config, vllm_config)
         compat.apply(metrics.patches)

@@ -5,6 +5,8 @@ here, and reduces the result across ranks. Ours take any number of experts per t
 assignments (-1) that cost nothing, and expert maps, which vLLM's CPU kernel doesn't.
 """
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class CapacityExperts(mk.FusedMoEExpertsModular):
     """What `TorchExperts` and `TritonExperts` have in common."""
 
     layer_name: str = ""
+    takes_weights = True  # as tensors, with every call; else they are its own
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -100,8 +103,8 @@ class CapacityExperts(mk.FusedMoEExpertsModular):
         torch.ops.capmoe.experts(
             output,
             hidden_states,
-            w1,
-            w2,
+            w1 if self.takes_weights else None,
+            w2 if self.takes_weights else None,
             topk_weights,
             topk_ids,
             expert_map,
@@ -113,8 +116,8 @@ class CapacityExperts(mk.FusedMoEExpertsModular):
         router: CapacityRouter,
         output: Tensor,
         hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
+        w1: Tensor | None,
+        w2: Tensor | None,
         weights: Tensor,
         experts: Tensor,
         expert_map: Tensor | None,
@@ -124,9 +127,15 @@ class CapacityExperts(mk.FusedMoEExpertsModular):
 
 
 class TorchExperts(CapacityExperts):
-    """`vllm_capmoe.experts`: plain torch, for the CPU."""
+    """`vllm_capmoe.experts`: plain torch, for the CPU.
 
+    The weights are repacked, and the layer's parameters are left without memory. Where somebody is
+    about to read or write them, `open` brings them back; the next step repacks what is there then.
+    """
+
+    takes_weights = False  # a compiled graph would hold on to their strides
     prepared: PreparedExperts | None = None
+    is_open = True
 
     @staticmethod
     def _supports_current_device() -> bool:
@@ -137,28 +146,53 @@ class TorchExperts(CapacityExperts):
         return activation.value in torch_experts.ACTIVATIONS
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Repack the loaded weights, once."""
+        """Repack the loaded weights, and be told of new ones."""
         super().process_weights_after_loading(layer)
+        self.layer = layer
+        self.repack()
+        for parameter in (layer.w13_weight, layer.w2_weight, self.w1_bias, self.w2_bias):
+            if hasattr(parameter, "weight_loader"):
+                parameter.weight_loader = self._opening(parameter.weight_loader)
+
+    def repack(self) -> None:
+        self.is_open = False
         self.prepared = torch_experts.prepare_weights(
-            layer.w13_weight,
-            layer.w2_weight,
+            self.layer.w13_weight,
+            self.layer.w2_weight,
             w13_bias=self.w1_bias,
             w2_bias=self.w2_bias,
             release=True,
             **self._activation_arguments(),
         )
 
+    def open(self) -> None:
+        """Let the layer's parameters hold the weights again, until the next step."""
+        if self.prepared is not None:
+            w13, w2 = torch_experts.unpack_weights(self.prepared)
+            self.layer.w13_weight.data, self.layer.w2_weight.data = w13, w2
+        self.prepared, self.is_open = None, True
+
+    def _opening(self, loader: Function) -> Function:
+        @functools.wraps(loader)
+        def weight_loader(*args: Any, **kwargs: Any) -> Any:
+            self.open()
+            return loader(*args, **kwargs)
+
+        return weight_loader
+
     def compute(
         self,
         router: CapacityRouter,
         output: Tensor,
         hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
+        w1: Tensor | None,
+        w2: Tensor | None,
         weights: Tensor,
         experts: Tensor,
         expert_map: Tensor | None,
     ) -> None:
+        if self.is_open:
+            self.repack()
         if self.prepared is not None:
             torch_experts.fused_experts_prepared(
                 hidden_states, self.prepared, weights, experts, expert_map=expert_map, out=output
@@ -166,8 +200,8 @@ class TorchExperts(CapacityExperts):
             return
         torch_experts.fused_experts_torch(
             hidden_states,
-            w1,
-            w2,
+            self.layer.w13_weight,
+            self.layer.w2_weight,
             weights,
             experts,
             expert_map=expert_map,
@@ -176,6 +210,37 @@ class TorchExperts(CapacityExperts):
             out=output,
             **self._activation_arguments(),
         )
+
+
+# Methods of vLLM's workers and model runners that read or write a model's parameters.
+_OF_WORKERS = (
+    "compute_weight_checksums",
+    "reset_weights",
+    "save_sharded_state",
+    "save_tensorized_model",
+    "start_draft_weight_update",
+    "start_weight_update",
+)
+_OF_RUNNERS = ("reload_weights",)
+
+
+def open_weights_for(worker: Any, layers: Iterable[Any]) -> None:
+    """Let the worker find the weights of its MoE layers (`MoERunner`) where vLLM looks for them."""
+    experts = [getattr(layer.routed_experts, "capacity_experts", None) for layer in layers]
+    packed = [each for each in experts if isinstance(each, TorchExperts)]
+
+    def opening(method: Function) -> Function:
+        @functools.wraps(method)
+        def with_weights(*args: Any, **kwargs: Any) -> Any:
+            for each in packed:
+                each.open()
+            return method(*args, **kwargs)
+
+        return with_weights
+
+    for owner, names in ((worker, _OF_WORKERS), (worker.model_runner, _OF_RUNNERS)):
+        for name in names if packed else ():
+            setattr(owner, name, opening(getattr(owner, name)))
 
 
 class TritonExperts(CapacityExperts):
@@ -196,14 +261,15 @@ class TritonExperts(CapacityExperts):
         router: CapacityRouter,
         output: Tensor,
         hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
+        w1: Tensor | None,
+        w2: Tensor | None,
         weights: Tensor,
         experts: Tensor,
         expert_map: Tensor | None,
     ) -> None:
         from capmoe_kernels.experts import fused_experts
 
+        assert w1 is not None and w2 is not None
         experts = experts.to(torch.int32)  # some all-to-all backends carry int64
         seats = router.seats_of(experts, w2.shape[0], expert_map)
         fused_experts(
@@ -226,8 +292,8 @@ class TritonExperts(CapacityExperts):
 def experts_op(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
+    w1: torch.Tensor | None,
+    w2: torch.Tensor | None,
     weights: torch.Tensor,
     experts: torch.Tensor,
     expert_map: torch.Tensor | None,
@@ -243,8 +309,8 @@ def experts_op(
 def experts_fake(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
+    w1: torch.Tensor | None,
+    w2: torch.Tensor | None,
     weights: torch.Tensor,
     experts: torch.Tensor,
     expert_map: torch.Tensor | None,

@@ -53,6 +53,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     checks.check_engine(config, worker.vllm_config)
 
     from vllm_capmoe.integration import (
+        compile_cache,
         custom_ops,
         experts,
         kernels,
@@ -64,7 +65,9 @@ def activate(worker: Any, config: CapacityConfig) -> None:
 
     vllm_config = worker.vllm_config
     custom_ops.register()
-    compat.apply(router.patches, experts.patches, kernels.patches, step.patches)
+    compat.apply(
+        router.patches, experts.patches, kernels.patches, step.patches, compile_cache.patches
+    )
 
     load_model = worker.load_model
 
@@ -72,6 +75,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         result = load_model(*args, **kwargs)
         runner = worker.model_runner
         layers.bind(config, vllm_config, runner, step.attach(runner, vllm_config))
+        experts.open_weights_for(worker, layers.moe_layers(vllm_config))
         return result
 
     worker.load_model = load_model_and_bind
