@@ -132,5 +132,20 @@ def test_the_capacity_bounds_the_grid(
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_padding_are_not_filled_where_vllm_leaves_them_empty() -> None:
+    """On CUDA: routed by the kernels, computed by vLLM's, which know no phantom here."""
+    router = make(MIXTRAL, prompt_of_one_request(), "vllm", mode="drop", factor=0.5, min_capacity=1)
+    router.by_kernel = True
+    context = forward_context()
+    assert context.is_padding is not None
+    context.is_padding[30:] = True
+    with override_forward_context(context):
+        weights, experts = router.route(
+            torch.randn(T, E, generator=torch.Generator().manual_seed(5)), None
+        )
+    assert (experts[30:] == -1).all() and (experts[:30] >= 0).all()
+    assert (weights[:30] == 0).any()
+
+
 def test_the_totals_are_in_one_order() -> None:
     assert stats.TOTALS == routing.TOTALS

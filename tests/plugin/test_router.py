@@ -124,6 +124,7 @@ def test_a_drafts_layer_routes_as_vllm_and_counts_nothing(asked, tokens, context
         ({"zero_expert_type": "identity"}, "zero expert type"),
         ({"num_fused_shared_experts": 1}, "num fused shared experts"),
         ({"hash_indices_table": torch.zeros(3)}, "hash indices table"),
+        ({"bias_vl": torch.zeros(3)}, "bias vl"),
         ({"scoring_func": "relu"}, "scores by relu"),
     ],
 )

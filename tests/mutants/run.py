@@ -1,0 +1,226 @@
+"""Breaks the code, one line at a time, and says which tests notice: by hand, not in CI.
+
+    .venv/bin/python tests/mutants/run.py [-k TEXT ...] [--jobs 2] [--timeout 300] [--no-baseline]
+
+`mutants.toml` lists the mutants. Each is put into a copy of this working tree, where its tests run,
+the cheapest first, until one fails ("killed") or all passed ("survived"). The copy is the only
+place from which our packages can be imported there. Before, the tests of all chosen mutants must
+pass on the copy as it is: a test that fails anyway kills nothing.
+
+Exit status 1: a mutant is stale (its text isn't in the file exactly once), its tests could not run,
+or it survived without a reason in the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parents[2]
+LIST = Path(__file__).with_name("mutants.toml")
+PACKAGES = ("vllm_capmoe", "kernels/capmoe_kernels")
+
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+from overlays import make_overlay  # noqa: E402
+
+
+class StaleError(Exception):
+    """The text of a mutant isn't in its file exactly once."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file.
+
+    breaks: what is wrong with the code then, in a few words. file: from the root of the repository.
+    find, replace: texts; `find` stands in the file exactly once.
+    tests: arguments of pytest, a string for each run, the cheapest first.
+    survives: why no test can kill it; empty where one must.
+    """
+
+    breaks: str
+    file: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]
+    survives: str = ""
+
+    def line(self, root: Path) -> int:
+        """The line where its text begins. Raises StaleError."""
+        text = (root / self.file).read_text()
+        if (count := text.count(self.find)) != 1:
+            raise StaleError(f"{self.file} has this text {count} times, not once:\n{self.find}")
+        return text[: text.index(self.find)].count("\n") + 1
+
+    def put_into(self, root: Path) -> None:
+        """Change the file under `root`. Raises StaleError."""
+        self.line(root)
+        path = root / self.file
+        path.write_text(path.read_text().replace(self.find, self.replace))
+
+
+def mutants() -> list[Mutant]:
+    """All of `mutants.toml`."""
+    entries = tomllib.loads(LIST.read_text())["mutant"]
+    return [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+
+
+@dataclass(frozen=True)
+class Result:
+    """status: killed, survived, stale or error. said: by which test, or what went wrong."""
+
+    status: str
+    said: str
+    seconds: float
+
+
+class Copy:
+    """A copy of the working tree in `folder`, with a Python that imports our packages from it."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "tree"
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.root / name)
+        imports = folder / "imports"  # our packages alone: no other folder becomes importable
+        imports.mkdir()
+        for package in PACKAGES:
+            (imports / Path(package).name).symlink_to(self.root / package)
+        self.python = make_overlay(folder / "venv", imports)
+        for package in imports.iterdir():
+            code = f"import {package.name} as p, os; print(os.path.dirname(p.__file__), end='')"
+            found = subprocess.run([self.python, "-P", "-c", code], capture_output=True, text=True)
+            if Path(found.stdout) != package:
+                raise RuntimeError(f"{package.name} comes from {found.stdout!r}: {found.stderr}")
+
+        self.log = folder / "log"
+        # Compiled files of a mutant would serve the next one, if both were made in one second.
+        self.forks = subprocess.Popen(
+            [self.python, "-P", Path(__file__).with_name("forks.py")],
+            cwd=self.root,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def test(self, arguments: str, timeout: float) -> tuple[int | None, str]:
+        """Run pytest. Returns its exit status (None: no end in time) and its last words."""
+        paths, _, expression = arguments.partition(" -k ")
+        command = ["-x", "-q", "-p", "no:cacheprovider", *paths.split()]
+        command += ["-k", expression] if expression else []
+        asked = {"arguments": command, "log": str(self.log), "timeout": timeout}
+        assert self.forks.stdin is not None and self.forks.stdout is not None
+        self.forks.stdin.write(json.dumps(asked) + "\n")
+        self.forks.stdin.flush()
+        code = json.loads(self.forks.stdout.readline())
+        lines = self.log.read_text(errors="replace").splitlines()
+        short = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
+        return code, short[0] if short else ""
+
+    def close(self) -> None:
+        self.forks.communicate()
+
+    def try_out(self, mutant: Mutant, timeout: float) -> Result:
+        start, path = time.monotonic(), self.root / mutant.file
+        before = path.read_text()
+        try:
+            mutant.put_into(self.root)
+            for arguments in mutant.tests:
+                code, said = self.test(arguments, timeout)
+                seconds = time.monotonic() - start
+                if code == 1 or code is None:
+                    return Result("killed", said if code else f"no end: {arguments}", seconds)
+                if code != 0:
+                    return Result("error", f"pytest {arguments} ended with {code}: {said}", seconds)
+            return Result("survived", mutant.survives, time.monotonic() - start)
+        except StaleError as error:
+            return Result("stale", str(error), time.monotonic() - start)
+        finally:
+            path.write_text(before)
+
+
+def baseline(copy: Copy, chosen: Iterable[Mutant], timeout: float) -> list[str]:
+    """The test runs of the mutants that don't pass on the code as it is, with their last words."""
+    failed = []
+    for arguments in sorted({each for mutant in chosen for each in mutant.tests}):
+        code, said = copy.test(arguments, timeout)
+        print(f"{'passes' if code == 0 else 'FAILS':9}{arguments}", flush=True)
+        if code != 0:
+            failed.append(f"{arguments}: {code}: {said}")
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "-k", nargs="+", default=[""], metavar="TEXT", help="mutants with a TEXT in file or words"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="copies at work at a time")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of one pytest run")
+    parser.add_argument("--no-baseline", action="store_true", help="believe that the tests pass")
+    options = parser.parse_args()
+    chosen = [m for m in mutants() if any(text in f"{m.file} {m.breaks}" for text in options.k)]
+    results: dict[Mutant, Result] = {}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copies: SimpleQueue[Copy] = SimpleQueue()
+        for number in range(options.jobs):
+            copies.put(Copy(Path(folder) / str(number)))
+        if not options.no_baseline:
+            copy = copies.get()
+            if failed := baseline(copy, chosen, options.timeout):
+                print("These fail without any mutant:", *failed, sep="\n")
+                return 1
+            copies.put(copy)
+
+        def work(mutant: Mutant) -> None:
+            copy = copies.get()
+            result = results[mutant] = copy.try_out(mutant, options.timeout)
+            copies.put(copy)
+            where = f"{mutant.file}:{'?' if result.status == 'stale' else mutant.line(copy.root)}"
+            print(
+                f"{result.status:9}{result.seconds:6.1f} s  {where}  {mutant.breaks}\n"
+                f"{'':19}{result.said}",
+                flush=True,
+            )
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(work, chosen))
+        while not copies.empty():
+            copies.get().close()
+
+    def count(status: str) -> int:
+        return sum(result.status == status for result in results.values())
+
+    judged = count("killed") + count("survived")
+    print(
+        f"{len(chosen)} mutants: {count('killed')} killed ({count('killed') / max(1, judged):.0%}),"
+        f" {count('survived')} survived, {count('stale')} stale, {count('error')} without a result"
+    )
+    unexplained = any(r.status == "survived" and not r.said for r in results.values())
+    return int(bool(count("stale") or count("error") or unexplained))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
