@@ -17,6 +17,12 @@ from vllm_capmoe.layer_settings import LayerSettings
 
 FLAG_PREFIX = "--moe-capacity-"
 
+AUTO_KEEP = ((1, Fraction(3, 4)), (8, Fraction(5, 8)), (16, Fraction(1, 2)))
+"""Decode keep `auto`: from so many decode tokens in a step on, the share of the top-k that each
+keeps, rounded up. Few tokens load few experts for each other, so each must keep more of its own
+(first figures, of a model with 64 experts and top-8: 2 to 4 tokens 6, 8 tokens 5, 16 tokens 4).
+"""
+
 
 class ConfigError(ValueError, ArgumentTypeError):
     """A bad option.
@@ -122,6 +128,8 @@ def _integer(
     stored = dict(words or {})
 
     def normalise(value: Any) -> int | str | None:
+        if value is False and "off" in stored:  # what YAML makes of the word off
+            value = "off"
         if isinstance(value, str):
             _refuse_unless(value in stored)
             return stored[value]
@@ -307,7 +315,6 @@ or inf.
             "vLLM's own kernels",
         ),
     )
-
     layers: Any = field(  # tuple[LayerSettings, ...] once built
         default=(),
         metadata={
@@ -317,6 +324,16 @@ or inf.
             "choices": None,
             "normalise": _layers,
         },
+    )
+    decode_keep: int | str = field(  # k0
+        default="off",
+        metadata=_integer(
+            1,
+            words={"off": "off", "auto": "auto"},
+            help="Each decode token keeps this many of its top-k, at most all, and takes the rest "
+            "from the experts that the step loads anyway, in every mode; auto keeps "
+            + ", ".join(f"{share} of them from {n} decode tokens on" for n, share in AUTO_KEEP),
+        ),
     )
     observe: bool = field(
         default=False,
@@ -332,6 +349,12 @@ or inf.
         for option in OPTIONS:
             value = option.check(getattr(self, option.key))
             object.__setattr__(self, option.key, value)
+        if self.decode_keep != "off" and self.scope == "request":
+            raise ConfigError(
+                f"{FLAG_PREFIX}decode-keep is {self.decode_keep!r}, but {FLAG_PREFIX}scope is "
+                "'request', under which no request changes the experts of another: 'off', or "
+                "scope 'batch', is accepted."
+            )
         for entry in self.layers:
             try:
                 self.for_layer(entry.first)
@@ -393,7 +416,39 @@ or inf.
     @property
     def enabled(self) -> bool:
         """Whether anything is asked for at all, in any layer."""
-        return any(variant.mode != "off" for variant in self.variants)
+        return any(variant.acts for variant in self.variants)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the general settings ask for anything."""
+        return self.mode != "off" or self.decode_keep != "off"
+
+    def keeps(self, top_k: int) -> tuple[int, ...]:
+        """k0, what a decode token keeps of its k experts, in a step of 0, 1, ... decode tokens.
+
+        The last number holds for all larger steps; () where all is kept.
+
+            >>> CapacityConfig(decode_keep=3).keeps(top_k=8)
+            (3,)
+            >>> CapacityConfig(decode_keep="auto").keeps(top_k=8)
+            (6, 6, 6, 6, 6, 6, 6, 6, 5, 5, 5, 5, 5, 5, 5, 5, 4)
+
+        Raises ValueError for more than k.
+        """
+        if isinstance(self.decode_keep, int):
+            if self.decode_keep > top_k:
+                raise ConfigError(
+                    f"{FLAG_PREFIX}decode-keep is {self.decode_keep}, but a token has {top_k} "
+                    f"experts: an integer from 1 to {top_k}, 'off' or 'auto' is accepted."
+                )
+            keeps = [self.decode_keep]
+        elif self.decode_keep == "auto":
+            last = AUTO_KEEP[-1][0]
+            shares = [[share for n, share in AUTO_KEEP if n <= max(d, 1)] for d in range(last + 1)]
+            keeps = [math.ceil(share[-1] * top_k) for share in shares]
+        else:
+            keeps = []
+        return tuple(keeps) if min(keeps, default=top_k) < top_k else ()
 
 
 OPTIONS: tuple[Option, ...] = tuple(

@@ -47,7 +47,8 @@ class Routing:
         pass the limit.
     dropped: top-k assignments of real tokens that are not held.
     expanded: held assignments that are not in the token's top-k: what Expanded Drop added, or
-        what reroute gave back of what was dropped.
+        what reroute gave back of what was dropped. (In both, the top-k of a decode token is what
+        decode keep gave it.)
     left_without: real tokens that hold no expert.
     """
 
@@ -77,7 +78,8 @@ def route(
     seed: int = 0,
     backend: str = "auto",
 ) -> Routing:
-    """Capacity-aware routing of the tokens of one step: Token Drop, Expanded Drop, reroute.
+    """Capacity-aware routing of the tokens of one step: Token Drop, Expanded Drop, reroute,
+    and decode keep.
 
     The method is that of arXiv 2503.05066, and reroute is this project's; the letters are T
     tokens, E experts, k per token, gamma the capacity factor, C the capacity of an expert, m
@@ -107,9 +109,15 @@ def route(
         - No limit is in effect with mode off; with gamma inf; in a group of fewer than
           min_tokens real tokens; without a prompt token; and in a group where no load can pass
           it (C >= T; at level device C_d >= T * min(k, n_d) on all devices). Such a group is
-          plain top-k in every mode.
-        - Decode tokens hold exactly their top-k. They are seated first; max(0, C - their load)
-          seats of a bin are left for prompt tokens. Padding rows hold nothing and count nowhere.
+          plain top-k in every mode (for decode tokens: what decode keep gives them).
+        - Decode tokens hold exactly k experts, their top-k, or with decode_keep (k0) below k, in
+          every mode, off too: the k0 best of their top-k; then their best other loaded experts;
+          then, where too few are loaded, the rest of their top-k. Loaded is every expert that a
+          decode token keeps so, or that is in the top-k of a prompt token. k0 "auto" goes by the
+          decode tokens of the step, see `CapacityConfig.keeps`. So a token's experts depend on its
+          neighbours, and decode_keep needs scope batch.
+        - Decode tokens are seated first; max(0, C - their load) seats of a bin are left for prompt
+          tokens. Padding rows hold nothing and count nowhere.
         - Candidates of a prompt token: its top-k; in Expanded Drop also the best m experts
           outside of it, anywhere or on its own device. A bin (expert or device, per group) keeps
           the best of them by metric, then lower token index, then lower expert; a NaN score
@@ -202,12 +210,12 @@ def route(
         devices = expert_device.tolist()
     if token_device is not None:
         _check_devices("token_device", token_device[real])
-    if config.enabled and config.scope == "request" and request_ids is None:
+    if config.mode != "off" and config.scope == "request" and request_ids is None:
         raise ValueError(
             "request_ids is None, but scope (--moe-capacity-scope) 'request' needs the request of "
             "each token."
         )
-    if config.enabled and config.priority != "uniform" and is_image is None:
+    if config.mode != "off" and config.priority != "uniform" and is_image is None:
         raise ValueError(
             f"is_image is None, but priority (--moe-capacity-priority) {config.priority!r} needs "
             "to know the image tokens."

@@ -26,6 +26,8 @@ class Plan:
     max_experts: the most experts of one token, or None.
     renormalize: rescale the kept weights to sum to one.
     bin_sizes: experts per bin: (1,) at level expert, (n_0, ..., n_{D-1}) at level device.
+    keeps: k0, the experts that decode keep leaves to each decode token, in a step of 0, 1, ...
+        decode tokens; the last one for all larger steps. () where it is off, or k0 is always k.
     """
 
     mode: str
@@ -44,6 +46,7 @@ class Plan:
     max_experts: int | None = None
     renormalize: bool = False
     bin_sizes: tuple[int, ...] = (1,)
+    keeps: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -78,8 +81,8 @@ def resolve(
     what there can be: the E - k experts outside of the top-k, and the experts of the largest
     device. Reroute has m = k, max_experts k and fill busiest, whatever these are set to.
 
-    Raises ValueError where the configuration needs a device map that is not given, and for
-    max_experts below k. A configuration that is off needs nothing.
+    Raises ValueError where the configuration needs a device map that is not given, for
+    max_experts below k, and for decode_keep above k. Mode off needs no devices.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}, but it must be from 1 to {num_experts}, the experts.")
@@ -88,12 +91,14 @@ def resolve(
             f"expert_device has {len(expert_device)} entries, but the layer has {num_experts} "
             "experts."
         )
-    if not config.enabled:
+    keeps = config.keeps(top_k)
+    if config.mode == "off":
         return Plan(
             mode="off",
             num_experts=num_experts,
             top_k=top_k,
             renormalize=_renormalizes(config, renormalize),
+            keeps=keeps,
         )
     sizes = _device_sizes(expert_device)
     _refuse_missing_devices(config, expert_device is not None, has_token_device)
@@ -137,6 +142,7 @@ def resolve(
         max_experts=max_experts,
         renormalize=_renormalizes(config, renormalize),
         bin_sizes=sizes if config.level == "device" else (1,),
+        keeps=keeps,
     )
 
 

@@ -24,10 +24,10 @@ def score_keys(scores_TE: Tensor) -> Tensor:
     bits_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
     bits_TE = bits_TE.masked_fill_(scores_TE.isnan(), _NAN_KEY)
     backwards_E = torch.arange(E - 1, -1, -1, device=scores_TE.device)
-    return (bits_TE.long() << _expert_bits(E)).add_(backwards_E)
+    return (bits_TE.long() << expert_bits(E)).add_(backwards_E)
 
 
-def _expert_bits(num_experts: int) -> int:
+def expert_bits(num_experts: int) -> int:
     return (num_experts - 1).bit_length()
 
 
@@ -99,7 +99,7 @@ def metric_keys(
     """
     T, E = keys_TE.shape
     if metric == "score":
-        return 0x7FFFFFFF - (keys_TE.gather(1, experts_TL) >> _expert_bits(E))
+        return 0x7FFFFFFF - (keys_TE.gather(1, experts_TL) >> expert_bits(E))
     if metric == "random":
         assert index_T is not None
         return _MASK - draws(seed, index_T, experts_TL)
@@ -109,4 +109,4 @@ def metric_keys(
 
 def is_nan(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:
     """bool [T, L]: candidates with a NaN score. They win no seat over a number, in any metric."""
-    return keys_TE.gather(1, experts_TL) >> _expert_bits(keys_TE.shape[1]) == _NAN_KEY
+    return keys_TE.gather(1, experts_TL) >> expert_bits(keys_TE.shape[1]) == _NAN_KEY

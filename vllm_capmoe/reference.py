@@ -10,6 +10,7 @@ Notation, as in the paper. Names carry their shapes: `scores_TE` is [T, E].
     L       candidates per token, k or k + m                 N      assignments, T * L
     M       m, as a shape                                    l      bids that a token lost
     G       groups: 1, or one per request                    D      devices (expert parallel ranks)
+    k0      experts that decode keep leaves to a token
     B       bins of a group: E experts, or D devices         X      1, or D at level device
 
 A group is the set of tokens over which T, the mean load and C are counted. A bin is what a
@@ -20,6 +21,7 @@ The steps, in the order in which `route_torch` takes them:
 
     score_keys        floats to integers of the same order, so that all choices are exact
     choose_top_k      algorithm 1, line 1: the k best experts of each token
+    share_experts     decode keep: decode tokens share what the step loads (sharing.py)
     group_limits      C = ceil(gamma * T * k / E), in integers (limits.py)
     extra_candidates  algorithm 2, line 1: m more candidates per token
     metric_keys       the metric by which a bin ranks its candidates (ranking.py, as the first two)
@@ -30,7 +32,7 @@ The steps, in the order in which `route_torch` takes them:
 Everything is integer sorting and counting on flat lists of fixed length. No shape and no Python
 branch depends on a value in a tensor, nothing is read back to the host, and nothing is random:
 the result is the same on every rank, run after run, and the function can be captured in a CUDA
-graph once its capacity table exists (one call of the same size before the capture).
+graph once its tables exist (one call of the same size before the capture).
 """
 
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ from vllm_capmoe.ranking import (
     score_keys,
     token_index,
 )
+from vllm_capmoe.sharing import share_experts
 
 __all__ = ["NO_LIMIT", "Plan", "Selection", "route_torch"]
 
@@ -62,7 +65,8 @@ class Selection:
     load_before: int32 [E], the top-k assignments of the real tokens.
     load_after: int32 [E], the assignments that are held.
     capacity: int32 [G, X]; NO_LIMIT where none is in effect.
-    kept: int64 [], the top-k assignments that are held.
+    kept: int64 [], the top-k assignments that are held; of decode tokens, what decode keep gave
+        them in the place of their top-k.
     left_without: int64 [], the real tokens that hold no expert.
     """
 
@@ -273,9 +277,9 @@ def pack_rows(
 ) -> Selection:
     """What each token holds, with weights, loads and counts.
 
-    The held experts of a row move to the left in their order (best first); the first W stay,
-    which is the cut by `max_experts`. held_TL None: all are held. is_topk_TL None: all are in the
-    top-k.
+    topk_TK: the model's choice, for the loads before. The held experts of a row move to the left
+    in their order (best first); the first W stay, which is the cut by `max_experts`. held_TL None:
+    all are held. is_topk_TL None: all are in the top-k.
     """
     T, L = experts_TL.shape
     E, W = plan.num_experts, plan.width
@@ -317,14 +321,19 @@ def pack_rows(
     )
 
 
-def _plain_top_k(
-    plan: Plan, scores_TE: Tensor, topk_TK: Tensor, real_T: Tensor | None, num_groups: int
+def _without_limit(
+    plan: Plan,
+    scores_TE: Tensor,
+    models_TK: Tensor,
+    topk_TK: Tensor,
+    real_T: Tensor | None,
+    num_groups: int,
 ) -> Selection:
-    """The step without any limit."""
+    """The step without any limit: the model's choice, with what decode tokens hold instead."""
     held_TK = None if real_T is None else real_T[:, None].expand_as(topk_TK)
     size = (num_groups, len(plan.bin_sizes))
     limit_GX = torch.full(size, NO_LIMIT, dtype=torch.int32, device=scores_TE.device)
-    return pack_rows(plan, scores_TE, topk_TK, real_T, topk_TK, held_TK, None, limit_GX)
+    return pack_rows(plan, scores_TE, models_TK, real_T, topk_TK, held_TK, None, limit_GX)
 
 
 # --- The whole ------------------------------------------------------------------------------
@@ -344,7 +353,7 @@ def route_torch(
     token_device_T: Tensor | None = None,
     seed: int = 0,
 ) -> Selection:
-    """Token Drop, Expanded Drop (algorithms 1 and 2) and reroute for the tokens of one step.
+    """Decode keep, then Token Drop, Expanded Drop or reroute, for the tokens of one step.
 
     Nothing is validated here: `vllm_capmoe.ops.route` does that and documents the rules.
 
@@ -364,14 +373,19 @@ def route_torch(
     real_T = None if is_padding_T is None else ~is_padding_T
     scores_TE = scores_TE.float()
     keys_TE = score_keys(scores_TE)
-    models_TK, topk_TK = topk_TK, choose_top_k(keys_TE, k, topk_TK)
+    is_plain = topk_TK is None
+    models_TK = topk_TK = choose_top_k(keys_TE, k, topk_TK)
+    if plan.keeps and is_decode_T is not None:
+        decode_T = _and(is_decode_T, real_T)
+        assert decode_T is not None
+        topk_TK = share_experts(plan.keeps, keys_TE, models_TK, real_T, decode_T)
 
-    # Steps in which no limit can be in effect, whatever the tensors hold: plain top-k.
+    # Steps in which no limit can be in effect, whatever the tensors hold.
     if plan.mode == "off" or plan.gamma is None or plan.min_tokens > T:
-        return _plain_top_k(plan, scores_TE, topk_TK, real_T, G)
+        return _without_limit(plan, scores_TE, models_TK, topk_TK, real_T, G)
     table, first_limited = capacity_table(plan, T, scores_TE.device)
     if first_limited > T:
-        return _plain_top_k(plan, scores_TE, topk_TK, real_T, G)
+        return _without_limit(plan, scores_TE, models_TK, topk_TK, real_T, G)
 
     # Capacity of each group. Padding rows are in a group of their own, number G.
     group_T = None
@@ -392,7 +406,7 @@ def route_torch(
         load_GB = bins.load(topk_TK, _column(real_T))[:-1].view(G, B)
         limit_GX = below_the_busiest(limit_GX, load_GB)
 
-    # Seats of each bin. Decode tokens sit down first, with their top-k.
+    # Seats of each bin. Decode tokens sit down first, with all they hold.
     seats_B1 = pad(limit_GX.long().expand(G, B).reshape(-1), (0, 1))
     if decode_T is not None:
         seats_B1 = (seats_B1 - bins.load(topk_TK, decode_T[:, None])).clamp_(min=0)
@@ -410,14 +424,14 @@ def route_torch(
             limited_T1 = limited_T1[group_T.clamp(max=G - 1)]
         asks_TM = _known(_and(_and(limited_T1, _column(prompt_T)), exists_TM))
         experts_TL, is_topk_TL, asks_TL = join(topk_TK, extra_TM, asks_TL, asks_TM)
-        if models_TK is not None:  # its experts need not be better than the extra ones
+        if not is_plain:  # its experts need not be better than the extra ones
             experts_TL, is_topk_TL, asks_TL = in_order(keys_TE, experts_TL, is_topk_TL, asks_TL)
     held_TL = bins.fill(experts_TL, asks_TL, seats_B1)
     if plan.mode == "reroute" and plan.extra > 0:
         extra_TM, given_TM = reroute(bins, topk_TK, held_TL, asks_TL, local_TE, seats_B1)
         experts_TL, is_topk_TL, held_TL = join(topk_TK, extra_TM, held_TL, given_TM)
-        if models_TK is not None:
+        if not is_plain:
             experts_TL, is_topk_TL, held_TL = in_order(keys_TE, experts_TL, is_topk_TL, held_TL)
     if decode_T is not None:
         held_TL = held_TL | _known(_and(decode_T[:, None], is_topk_TL))
-    return pack_rows(plan, scores_TE, topk_TK, real_T, experts_TL, held_TL, is_topk_TL, limit_GX)
+    return pack_rows(plan, scores_TE, models_TK, real_T, experts_TL, held_TL, is_topk_TL, limit_GX)

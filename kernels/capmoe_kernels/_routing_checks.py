@@ -51,6 +51,8 @@ class PlanLike(Protocol):
     @property
     def bin_sizes(self) -> tuple[int, ...]: ...
     @property
+    def keeps(self) -> tuple[int, ...]: ...
+    @property
     def width(self) -> int: ...
     @property
     def num_bins(self) -> int: ...
@@ -95,6 +97,8 @@ def check_plan(plan: PlanLike, T: int, groups: int) -> None:
         )
     if T * E >= _SIZE_LIMIT:
         raise ValueError(f"T * E is {T} * {E}, but it must be below {_SIZE_LIMIT}.")
+    if plan.keeps:
+        raise ValueError("plan.keeps is set, but these kernels don't know decode keep yet.")
     X = len(plan.bin_sizes)
     if 2 * (T + 1) * X >= _TABLE_LIMIT:
         raise ValueError(

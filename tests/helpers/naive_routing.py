@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "priority": "uniform",
     "min_capacity": 4,
     "min_tokens": 0,
+    "decode_keep": "off",
 }
 
 
@@ -114,6 +115,26 @@ def naive_route(
     for t in real:
         top[t] = by_score(t, range(E))[:k] if topk_ids is None else by_score(t, topk_ids[t])
 
+    # Decode keep: a decode token keeps its best, and shares what the step loads for the rest.
+    decoding = [t for t in real if t not in prompt]
+    k0 = want["decode_keep"]
+    if k0 == "auto":
+        share = Fraction(3, 4)
+        if len(decoding) >= 8:
+            share = Fraction(5, 8)
+        if len(decoding) >= 16:
+            share = Fraction(1, 2)
+        k0 = math.ceil(share * k)
+    if k0 == "off":
+        k0 = k
+    loaded = {e for t in prompt for e in top[t]} | {e for t in decoding for e in top[t][:k0]}
+    claims = dict(top)  # what a token holds where nothing is dropped
+    for t in decoding:
+        mine = top[t][:k0]
+        others = by_score(t, [e for e in loaded if e not in mine])
+        others += [e for e in top[t] if e not in mine and e not in others]
+        claims[t] = by_score(t, mine + others[: k - k0])
+
     # Step 2: whose tokens are counted together, and in which order.
     groups: list[list[int]] = [real]
     if want["mode"] != "off" and want["scope"] == "request":
@@ -152,7 +173,7 @@ def naive_route(
             width = min(width, most)
 
     # Step 5: group by group, who holds what.
-    held: dict[int, list[int]] = {t: list(top[t]) for t in real}
+    held: dict[int, list[int]] = {t: list(claims[t]) for t in real}
     limits: list[list[int] | None] = []
     for group in groups:
         limit = None
@@ -165,7 +186,7 @@ def naive_route(
                 limit = None  # decode tokens are never dropped
         if limit is not None and want["mode"] != "drop":
             # Nobody is filled above the busiest, but in Expanded Drop under fill `capacity`.
-            load = [sum(bin_of[e] == b for t in group for e in top[t]) for b in bins]
+            load = [sum(bin_of[e] == b for t in group for e in claims[t]) for b in bins]
             if want["mode"] == "reroute" or want["fill"] == "busiest":
                 limit = [min(number, max(load)) for number in limit]
         limits.append(limit)
@@ -176,7 +197,7 @@ def naive_route(
         seats = list(limit)
         for t in group:
             if t not in prompt:
-                for e in top[t]:
+                for e in claims[t]:
                     seats[bin_of[e]] = max(0, seats[bin_of[e]] - 1)
 
         # Candidates of the prompt tokens.

@@ -252,6 +252,8 @@ def cases(draw: st.DrawFn, *, max_tokens: int = 40, bite: bool = False, **fixed:
         "min_capacity": draw(st.just(1) if bite else st.integers(1, 6)),
         "min_tokens": draw(minima),
     }
+    if scope == "batch":
+        config["decode_keep"] = draw(st.sampled_from(["off", "auto", *range(1, k + 1)]))
     return Case(
         scores=scores,
         num_experts=E,

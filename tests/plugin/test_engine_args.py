@@ -23,7 +23,7 @@ GIVEN = {
     "factor": "1.1",
     "metric": "reverse-order",
     "level": "device",
-    "scope": "request",
+    "scope": "batch",  # its default: decode keep refuses the other
     "candidates": "global",
     "expanded_experts": "all",
     "fill": "busiest",
@@ -34,12 +34,11 @@ GIVEN = {
     "min_tokens": "64",
     "backend": "torch",
     "layers": '{"3": {"factor": 2}}',
+    "decode_keep": "2",
     "observe": "",  # a flag without a value
 }
-TYPED = CapacityConfig(
-    **GIVEN
-    | {"factor": 1.1, "max_experts": 4, "min_capacity": 7, "min_tokens": 64, "observe": True}
-)
+READ = {"factor": 1.1, "max_experts": 4, "min_capacity": 7, "min_tokens": 64}
+TYPED = CapacityConfig(**GIVEN | READ | {"decode_keep": 2, "observe": True})
 
 
 def parse(*arguments: str) -> AsyncEngineArgs:

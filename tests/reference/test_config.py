@@ -29,6 +29,7 @@ DEFAULTS = {
     "min_tokens": 0,
     "backend": "auto",
     "layers": {},
+    "decode_keep": "off",
     "observe": False,
 }
 
@@ -48,6 +49,7 @@ ACCEPTED = [
     *[("min_tokens", value) for value in (0, 1, 1000)],
     *[("backend", value) for value in ("auto", "triton", "torch", "vllm")],
     *[("observe", value) for value in (True, False)],
+    *[("decode_keep", value) for value in ("off", "auto", 1, 4)],
 ]
 
 WORDS = ("mode", "metric", "level", "scope", "candidates", "fill", "renormalize", "priority")
@@ -62,6 +64,7 @@ REFUSED = [
     *[("min_capacity", value) for value in (0, -1, 4.0, True, None, "4", "auto")],
     *[("min_tokens", value) for value in (-1, 0.0, False, None, "0", "auto")],
     *[("observe", value) for value in (None, 0, 1, "true", "on")],
+    *[("decode_keep", value) for value in (0, -1, 4.0, True, None, "4", "all", "")],
 ]
 
 
@@ -80,6 +83,7 @@ def test_accepts(key: str, value: object) -> None:
 def test_the_word_off_survives_yaml() -> None:
     """YAML 1.1 reads `mode: off` as false."""
     assert CapacityConfig.from_dict({"mode": False}) == CapacityConfig(mode="off")
+    assert CapacityConfig.from_dict({"decode_keep": False}) == CapacityConfig(decode_keep="off")
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED)
@@ -142,6 +146,25 @@ def test_enabled(mode: str) -> None:
     assert CapacityConfig(mode=mode).enabled
 
 
+@pytest.mark.parametrize("keep", ["auto", 1])
+def test_decode_keep_alone_is_enabled_and_needs_scope_batch(keep: int | str) -> None:
+    assert CapacityConfig(decode_keep=keep).enabled
+    for mode in ("off", "drop"):
+        with pytest.raises(ValueError, match=r"decode-keep is .* but .*scope is 'request'"):
+            CapacityConfig(mode=mode, decode_keep=keep, scope="request")
+
+
+def test_what_decode_keep_leaves_to_a_token() -> None:
+    assert CapacityConfig().keeps(8) == ()
+    assert CapacityConfig(decode_keep=8).keeps(8) == ()  # all, which is off
+    assert CapacityConfig(decode_keep=5).keeps(8) == (5,)
+    for k, few, some, many in ((8, 6, 5, 4), (6, 5, 4, 3), (4, 3, 3, 2), (2, 2, 2, 1)):
+        assert CapacityConfig(decode_keep="auto").keeps(k) == (*[few] * 8, *[some] * 8, many)
+    assert CapacityConfig(decode_keep="auto").keeps(1) == ()
+    with pytest.raises(ValueError, match="decode-keep is 9, but a token has 8 experts"):
+        CapacityConfig(decode_keep=9).keeps(8)
+
+
 @pytest.mark.parametrize(("key", "value"), ACCEPTED)
 def test_json_round_trip(key: str, value: object) -> None:
     config = CapacityConfig(**{key: value})
@@ -194,6 +217,9 @@ def test_the_table_has_a_row_for_each_field_in_order() -> None:
         ("max_experts", "none", "none"),
         ("min_capacity", "1", 1),
         ("min_tokens", "0", 0),
+        ("decode_keep", "4", 4),
+        ("decode_keep", "auto", "auto"),
+        ("decode_keep", "off", "off"),
     ],
 )
 def test_parse(key: str, text: str, value: object) -> None:

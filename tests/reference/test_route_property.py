@@ -368,7 +368,8 @@ def test_infinite_factor_is_mode_off(case: Case) -> None:
     got, off = run_route(case), run_route(case.change(config={"mode": "off"}))
     assert got.capacity is None and off.capacity is None
     assert held_rows(got) == held_rows(off)
-    assert got.load_after.tolist() == got.load_before.tolist() == off.load_after.tolist()
+    assert got.load_before.tolist() == off.load_before.tolist()
+    assert got.load_after.tolist() == off.load_after.tolist()
 
 
 @settings(max_examples=200, **COMMON)
@@ -487,8 +488,10 @@ def test_every_combination_of_flags(mode: str, metric: str, level: str, scope: s
                 "factor": rng.choice([0.1, 0.25, 0.5, 1.0, 1.1]),
                 "min_capacity": rng.choice([1, 1, 2]),
             }
+            if scope == "batch":
+                config["decode_keep"] = rng.choice(["off", "auto", 1, k])
             got = check(seeded_case(rng, config, T, E, k))
             limited += got.capacity is not None
-            changed += got.load_after.tolist() != got.load_before.tolist()
+            changed += got.dropped > 0
     # A guard of the test itself: limits must be in effect and bite in a good share of the cases.
     assert (limited > 50 and changed > 40) if mode != "off" else limited == changed == 0

@@ -17,6 +17,12 @@ def check_environment(config: CapacityConfig) -> None:
     """Refuse environment variables that contradict the configuration."""
     import vllm.envs as envs
 
+    if envs.VLLM_BATCH_INVARIANT and config.decode_keep != "off" and not config.observe:
+        raise ValueError(
+            f"--moe-capacity-decode-keep is {config.decode_keep!r}, under which a token's experts "
+            "depend on its neighbours, but VLLM_BATCH_INVARIANT=1 asks for the contrary: 'off' is "
+            "accepted with it."
+        )
     if envs.VLLM_BATCH_INVARIANT and config.scope == "batch" and not config.observe:
         raise ValueError(
             "--moe-capacity-scope is 'batch', where who shares a batch decides what is dropped, "
