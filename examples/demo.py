@@ -280,7 +280,7 @@ def healthy(base_url: str) -> bool:
 def check_answer(text: str | None, kind: str) -> str:
     if not text or not text.strip():
         raise DemoError(f"the {kind} came back empty")
-    return text.strip()
+    return " ".join(text.split())  # on one line
 
 
 def ask(base_url: str) -> list[str]:
