@@ -1,0 +1,38 @@
+"""`make quality` on very little text: and every measure means something."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import environment
+
+pytestmark = [pytest.mark.engine, pytest.mark.cpu]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def test_quality_runs(repo_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality.csv"
+    command = [sys.executable, str(repo_root / "benchmarks" / "quality" / "run.py"), "--quick"]
+    command += ["--models", "16-peaked", "--out", str(out), "--threads", "1"]
+    subprocess.run(command, env=environment(), check=True, timeout=500)
+    measured = {row["setting"]: row for row in rows_of(tmp_path / "quality-summary.csv")}
+    free, again = measured.pop("drop inf"), measured.pop("drop inf metric=order")
+    for row in (free, again):
+        assert float(row["delta"]) == float(row["dropped"]) == float(row["lost"]) == 0.0
+        assert float(row["agree"]) == float(row["held"]) == 1.0
+        assert abs(float(row["kl"])) < 1e-6 and row["peak"] == row["peak_before"]
+    assert len(measured) == 2
+    drop = measured["drop 1"]
+    assert float(drop["held"]) == pytest.approx(1 - float(drop["dropped"]), abs=1e-4)
+    assert 0 < float(drop["lost"]) < float(drop["dropped"])  # what scores least is dropped
+    assert 1.0 <= float(drop["peak"]) < 1.04 < float(drop["peak_before"])
+    for row in measured.values():
+        assert float(row["delta"]) != 0 and float(row["kl"]) > 1e-4
+    assert "### Rules, by γ" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 10_000
