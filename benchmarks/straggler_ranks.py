@@ -358,7 +358,7 @@ def main() -> int:
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler in this process: exact batches
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to send functions of this file to the workers
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",

@@ -8,15 +8,17 @@ import torch
 from routers import MIXTRAL, E, K, T, forward_context, make, prompt_of_one_request
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.forward_context import override_forward_context
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_capmoe import CapacityConfig, route
-from vllm_capmoe.integration import checks, compat, custom_ops, worker
+from vllm_capmoe.integration import checks, compat, custom_ops, layers, worker
 from vllm_capmoe.integration import router as router_module
-from vllm_capmoe.integration.layers import layer_seed
+from vllm_capmoe.integration.experts import TorchExperts
 from vllm_capmoe.integration.stats import LayerStats
+from vllm_capmoe.integration.step import StepTokens
 
 LOGITS = torch.randn(T, E, generator=torch.Generator().manual_seed(0))
 TOPK = LOGITS.topk(K).indices
@@ -55,8 +57,9 @@ def test_a_random_choice_is_by_the_routers_seed():
 
 
 def test_seeds_differ_by_layer_and_by_engine():
-    seeds = {layer_seed(seed, f"layers.{n}.mlp") for seed in (0, 1, 2) for n in range(3)}
-    assert len(seeds) == 9 and layer_seed(None, "a") == layer_seed(0, "a")
+    seed_of = layers.layer_seed
+    seeds = {seed_of(seed, f"layers.{n}.mlp") for seed in (0, 1, 2) for n in range(3)}
+    assert len(seeds) == 9 and seed_of(None, "a") == seed_of(0, "a")
 
 
 def test_replicas_are_no_experts_of_their_own(monkeypatch):
@@ -155,3 +158,48 @@ def test_a_worker_looks_at_its_own_environment(monkeypatch):
     monkeypatch.setattr(checks, "check_engine", lambda *_: pytest.fail("it went on"))
     with pytest.raises(ValueError, match="VLLM_MOE_SKIP_PADDING=0 hides"):
         worker.activate(SimpleNamespace(vllm_config=None), CapacityConfig(mode="drop"))
+
+
+# --- What is bound when the model is loaded ---------------------------------------------------
+
+
+def bind(monkeypatch: pytest.MonkeyPatch, router: Any, on_input: bool = False) -> StepTokens:
+    """Bind one layer of plain torch experts, as `load_model` does; returns the step's facts."""
+    kernel = SimpleNamespace(
+        fused_experts=TorchExperts.__new__(TorchExperts), prepare_finalize=object()
+    )
+    method = SimpleNamespace(moe_kernel=kernel, experts_cls=TorchExperts)
+    layer = SimpleNamespace(
+        layer_name="layer",
+        router=router,
+        routed_experts=SimpleNamespace(
+            quant_method=method, apply_router_weight_on_input=on_input, expert_substitution=None
+        ),
+        is_monolithic=False,
+        do_naive_dispatch_combine=False,
+        moe_config=SimpleNamespace(
+            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        ),
+    )
+    monkeypatch.setattr(layers, "layers_of_model", lambda *_: [layer])
+    vllm_config: Any = SimpleNamespace(model_config=SimpleNamespace(seed=3))
+    tokens = StepTokens.allocate(T, 8, torch.device("cpu"))
+    layers.bind(CapacityConfig(**LIMITED), vllm_config, SimpleNamespace(device="cpu"), tokens)
+    return tokens
+
+
+def test_the_first_step_forgets_what_the_start_counted(monkeypatch):
+    router = make(MIXTRAL, prompt_of_one_request(), **LIMITED)
+    tokens = bind(monkeypatch, router)
+    assert router.seed == layers.layer_seed(3, "layer")
+    router.stats.counts += 1
+    tokens.begin()
+    assert not router.stats.counts.any()
+
+
+def test_layers_that_would_compute_something_else_are_refused(monkeypatch):
+    router = make(MIXTRAL, prompt_of_one_request(), **LIMITED)
+    with pytest.raises(ValueError, match="weighs the experts' input, and 4 experts per token"):
+        bind(monkeypatch, router, on_input=True)
+    with pytest.raises(ValueError, match="routes by itself"):
+        bind(monkeypatch, router.inner)
