@@ -120,6 +120,21 @@ def test_packed_weights_are_held_once():
         assert parameter.untyped_storage().nbytes() == 4 and parameter.shape[0] == E
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_come_back_bit_for_bit_and_new_ones_are_packed(dtype):
+    made = GptOss(TorchExperts, dtype)
+    w13, w2 = made.layer.w13_weight, made.layer.w2_weight
+    made.experts.open()
+    assert torch.equal(w13, made.w13) and torch.equal(w2, made.w2)
+    made.w2 = made.w2 * 2
+    w2.data.copy_(made.w2)
+    made.b2.zero_()  # the tensor that the configuration holds
+    expected = made.expected(made.weights).to(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(made.apply(made.ids), expected, rtol=tolerance, atol=tolerance)
+    assert w2.untyped_storage().nbytes() == w2.element_size(), "not packed again"
+
+
 def test_what_cannot_be_packed_is_computed_as_it_is(monkeypatch):
     """float16 on a CPU whose oneDNN has no product for it."""
     monkeypatch.setattr(torch_experts, "_can_pack", lambda dtype: False)

@@ -21,6 +21,7 @@ from vllm_capmoe.experts import (
     fused_experts_prepared,
     fused_experts_torch,
     prepare_weights,
+    unpack_weights,
 )
 
 PARAMETERS: dict[str, dict[str, float]] = {
@@ -362,6 +363,18 @@ def test_release_frees_the_originals_and_keeps_their_shape() -> None:
     assert w13.untyped_storage().nbytes() == w2.untyped_storage().nbytes() == 2
     call = [case[n] for n in ("weights_TK", "experts_TK")]
     assert torch.equal(fused_experts_prepared(case["hidden_TH"], prepared, *call), expected)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_unpacked_weights_are_the_packed_ones(name: str) -> None:
+    case = make_case(gated=not name.endswith("_no_mul"))
+    options = PARAMETERS.get(name, {})
+    prepared = prepare_weights(case["w13"], case["w2"], activation=name, **options)
+    if prepared is None:
+        pytest.skip("oneDNN has no prepacked bfloat16 product here")
+    w13, w2 = unpack_weights(prepared)
+    assert torch.equal(w13, case["w13"]) and torch.equal(w2, case["w2"])
+    assert w13.is_contiguous() and w2.is_contiguous()
 
 
 def test_no_packed_product_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
