@@ -189,7 +189,7 @@ class Engine:
         self.loads, self._decoding = Loads(), decoding
 
     def hidden(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states [tokens, H] of each sequence, all of them as prompts of one step.
+        """Hidden states [tokens - 1, H] of each sequence but for its last token, from one step.
 
         Raises RuntimeError where vLLM didn't run them as one step.
         """
@@ -210,7 +210,7 @@ class Engine:
         wanted = [tuple(sequence) for sequence in sequences]
         if rest or set(parts) != set(wanted):
             raise RuntimeError(f"vLLM ran {len(self._seen)} steps; the prompts were not one step.")
-        return [parts[sequence] for sequence in wanted]
+        return [parts[sequence][:-1] for sequence in wanted]
 
     def decode_hidden(self, sequences: Sequence[Sequence[int]], prompt: int) -> list[Tensor]:
         """Hidden states of each sequence's tokens after the first `prompt`, without the last one.
@@ -247,11 +247,8 @@ class Engine:
         return [rows[tuple(sequence[prompt:-1])] for sequence in sequences]
 
     def distributions(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities float32 [rows, V] of the next tokens of hidden [tokens, H], in chunks.
-
-        The last token's are left out: nothing follows it.
-        """
-        for rows in hidden[:-1].split(CHUNK):
+        """Log-probabilities float32 [rows, V] of the next tokens for hidden [T, H], in chunks."""
+        for rows in hidden.split(CHUNK):
             yield self._model.compute_logits(rows).float().log_softmax(-1)
 
 
@@ -274,7 +271,7 @@ class Reference:
         return cls(tokens, chunks)
 
     def compare(self, engine: Engine, hidden: Tensor) -> dict[str, float]:
-        """Sums over the predicted tokens, for the hidden states [tokens, H] under a setting.
+        """Sums over the predicted tokens, for the hidden states [T - 1, H] under a setting.
 
         Returns nll, nats, under the setting; kl, Σ p (log p - log q) with p from this reference and
         q from the setting; agree, how often the best tokens are the same.

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH = 512
-MODELS = ("16-peaked", "64-peaked", "16-level")
-DECODE_PROMPT, DECODE_LENGTH = 64, 256
+WARNING = "16-level"  # how the rules rank where they shouldn't be judged
+MODELS = ("16-peaked", "64-peaked", WARNING)
+DECODE_PROMPT, DECODE_LENGTH = 64, 128
 HEAD = (
     "sums over the predicted tokens of a sequence; counts over the layers and steps of all",
     "models: SmolLM2-135M-Instruct carved, see examples/make_carved.py; float32, eager",
@@ -52,6 +53,8 @@ def measure(name: str, args: argparse.Namespace, tables: dict[str, Table]) -> No
     with tempfile.TemporaryDirectory(prefix="capmoe-quality-") as folder:
         model = make_carved(Path(folder) / name, name, dtype="float32")
         engine = Engine(model, threads=args.threads)
+    if name == WARNING:
+        args = argparse.Namespace(**{**vars(args), "tables": ["rules"], "only": ["prompts"]})
     for what in args.only:
         {"prompts": measure_prompts, "decode": measure_decode}[what](
             name, engine, args, tables[what]
@@ -81,7 +84,7 @@ def measure_decode(name: str, engine: Engine, args: argparse.Namespace, table: T
 
     settings = list(decode_settings(engine.top_k).values())[: 2 if args.quick else None]
     prompt, length = (8, 12) if args.quick else (DECODE_PROMPT, DECODE_LENGTH)
-    tokens = 1 if args.quick else args.tokens / 2
+    tokens = 1 if args.quick else args.tokens / 5
     if len(settings) == 1:
         print("This version of the plugin has no decode keep: no decode tables.")
         return
@@ -142,7 +145,7 @@ def pair(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, default=10240, help="per model and setting")
+    parser.add_argument("--tokens", type=int, default=10240, help="of prompts, per setting")
     parser.add_argument("--seed", type=int, default=0, help="another order of the text")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(

@@ -126,8 +126,8 @@ REQUESTS = (2, 4, 8, 16, 32)
 
 def decode_settings(top_k: int) -> dict[str, Setting]:
     """k0 -> setting, without a limit for prompts; the first one keeps all experts."""
-    kept = {f"{k0}": Setting.of("drop", float("inf"), decode_keep=k0) for k0 in range(2, top_k)}
-    kept["auto"] = Setting.of("drop", float("inf"), decode_keep="auto")
+    named = [*(k0 for k0 in (2, 3, 4, 5, 6) if k0 < top_k), "auto"]
+    kept = {str(k0): Setting.of("drop", float("inf"), decode_keep=k0) for k0 in named}
     return {"all": NONE, **{k0: setting for k0, setting in kept.items() if setting.known}}
 
 

@@ -36,3 +36,9 @@ def test_quality_runs(repo_root: Path, tmp_path: Path) -> None:
         assert float(row["delta"]) != 0 and float(row["kl"]) > 1e-4
     assert "### Rules, by γ" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 10_000
+    kept, shared = rows_of(tmp_path / "quality_decode-summary.csv")
+    assert [kept["setting"], shared["setting"]] == ["drop inf", "drop inf decode_keep=2"]
+    assert float(kept["delta"]) == 0 != float(shared["delta"])
+    # Four requests of four experts each: from 4 to 16 different ones.
+    assert 4 <= float(shared["active"]) < float(kept["active"]) <= 16
+    assert float(shared["held"]) == 1.0
