@@ -97,8 +97,10 @@ def check_plan(plan: PlanLike, T: int, groups: int) -> None:
         )
     if T * E >= _SIZE_LIMIT:
         raise ValueError(f"T * E is {T} * {E}, but it must be below {_SIZE_LIMIT}.")
-    if plan.keeps:
-        raise ValueError("plan.keeps is set, but these kernels don't know decode keep yet.")
+    if plan.keeps and not 1 <= min(plan.keeps) <= max(plan.keeps) <= plan.top_k:
+        raise ValueError(
+            f"plan.keeps is {plan.keeps}, but its numbers must be from 1 to {plan.top_k}, top_k."
+        )
     X = len(plan.bin_sizes)
     if 2 * (T + 1) * X >= _TABLE_LIMIT:
         raise ValueError(

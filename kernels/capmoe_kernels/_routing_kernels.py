@@ -5,6 +5,7 @@ W places per token, G groups (1, or one per request), B bins per group (experts 
 X limits per group (1, or one per device), EP, LP, WP the powers of two at or above E, L, W.
 
     choose_kernel   rows of scores -> candidates of each token, best first; what a row is (tags)
+    share_kernel    decode keep: decode tokens share what the step loads (_routing_sharing.py)
     limit_kernel    per bin: the limit, and the last bid that wins a seat (_routing_limits.py)
     pack_kernel     per row: who holds what, weights; loads, loads of each block of rows
     seats_kernel    the held assignments, expert by expert and by token within an expert; counters
@@ -78,6 +79,21 @@ def tags_of(t, padding_ptr, decode_ptr, request_ptr, image_ptr, T, G, TEXT_LAST:
 
 
 @triton.jit
+def kept_by_each(keep_ptr, KEEPS: tl.constexpr, padding_ptr, decode_ptr, T):
+    """k0, by the decode tokens of the whole step."""
+    decodes = 0
+    if KEEPS > 1:
+        BLOCK: tl.constexpr = 1024
+        for first in range(0, T, BLOCK):
+            t = first + tl.arange(0, BLOCK)
+            decode = tl.load(decode_ptr + t, mask=t < T, other=0) != 0
+            if padding_ptr is not None:
+                decode = decode & (tl.load(padding_ptr + t, mask=t < T, other=1) == 0)
+            decodes += tl.sum(decode.to(tl.int32), 0)
+    return tl.load(keep_ptr + tl.minimum(decodes, KEEPS - 1))
+
+
+@triton.jit
 def put_candidate(
     j, key, expert, topk_bit, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr, SCORING
 ):
@@ -115,12 +131,16 @@ def choose_kernel(
     tags_ptr,  # int32 [T]
     groups_ptr,  # int32 [4, G], zeros: T - first row, last row + 1, tokens, prompt tokens; or None
     load_before_ptr,  # int32 [E], zeros
+    keep_ptr,  # int32 [KEEPS]: k0 by the number of decode tokens; None without decode keep
+    loaded_ptr,  # int32 [E + 1], zeros, as keep_ptr: written 1 where an expert is loaded; then k0
+    decode_keys_ptr,  # int32 [T, E], as keep_ptr: the score keys of decode tokens
     T,
     G,
     E: tl.constexpr,
     EP: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
+    KEEPS: tl.constexpr,
     TEXT_LAST: tl.constexpr,
     SCORING: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -141,10 +161,18 @@ def choose_kernel(
     scores = score_rows(scores, columns, E, SCORING)
     keys = tl.where(mask, key_of_score(scores), NONE)
 
+    k0 = K
+    if keep_ptr is not None:
+        k0 = kept_by_each(keep_ptr, KEEPS, padding_ptr, decode_ptr, T)
+    last_key = tl.full((BLOCK_T,), NONE, tl.int32)  # the k0-th best of the top-k
+    last_expert = tl.full((BLOCK_T,), EP, tl.int32)
+
     rest = keys
     for j in range(K):
         if topk_ptr is None:
             best, expert = tl.max(rest, 1, return_indices=True)
+            last_key = tl.where(j == k0 - 1, best, last_key)
+            last_expert = tl.where(j == k0 - 1, expert, last_expert)
             put_candidate(
                 j, best, expert, TOPK, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr,
                 SCORING,
@@ -185,6 +213,8 @@ def choose_kernel(
             best, expert = tl.max(left, 1, return_indices=True)
             here = columns[None, :] == expert[:, None]
             bit = tl.max(tl.where(here, topk_bits, 0), 1)
+            last_key = tl.where(j == k0 - 1, best, last_key)
+            last_expert = tl.where(j == k0 - 1, expert, last_expert)
             put_candidate(
                 j, best, expert, bit, t, T, scores_ptr, scores_stride, cand_ptr, cand_score_ptr,
                 SCORING,
@@ -195,6 +225,18 @@ def choose_kernel(
         mask = (t < T)[:, None] & (columns < E)[None, :]
         at = keys_ptr + columns[None, :] * T + t[:, None]
         tl.store(at, tl.where(is_candidate, keys, NONE), mask=mask)
+
+    if keep_ptr is not None:
+        decode = real & ((tag & 1) != 0)
+        at_least = (keys > last_key[:, None]) | (
+            (keys == last_key[:, None]) & (columns[None, :] <= last_expert[:, None])
+        )
+        loads = is_topk & (at_least | ~decode[:, None])
+        count = tl.sum(tl.where(loads, 1, 0), 0)
+        tl.store(loaded_ptr + columns, tl.full((EP,), 1, tl.int32), mask=count > 0)
+        tl.store(loaded_ptr + E, k0)
+        at = decode_keys_ptr + t[:, None] * E + columns[None, :]
+        tl.store(at, keys, mask=decode[:, None] & (columns < E)[None, :])
 
     if groups_ptr is not None:
         # A run: neighbouring rows of one group, all prompt or all decode. Its tokens are its end

@@ -13,9 +13,10 @@ NO_LIMIT = 2**31 - 1
 
 @dataclass(frozen=True)
 class RoutingLaunch:
-    """Tiles and warps of the four kernels. Sizes are powers of two.
+    """Tiles and warps of the kernels. Sizes are powers of two.
 
-    choose_rows: rows per program of `choose_kernel`, which holds them whole, [choose_rows, E].
+    choose_rows: rows per program of `choose_kernel` and `share_kernel`, which hold them whole,
+        [choose_rows, E].
     limit_rows: rows per step of `limit_kernel`.
     rows: rows per program of `pack_kernel` and `seats_kernel`, and per row of `counts`.
     pack_rows, seat_rows: of these, the rows per step, [pack_rows, L] and [seat_rows, E].
@@ -68,6 +69,12 @@ def launch_config(T: int, E: int, L: int) -> RoutingLaunch:
         seat_warps=_within(1, seat_rows * EP // 256, 16),
         seat_chunk=_within(1, 2048 // EP, 64),
     )
+
+
+@lru_cache(maxsize=256)
+def keep_table(keeps: tuple[int, ...], device: torch.device) -> Tensor:
+    """`Plan.keeps` on a device, int32. As `limit_table`: not built inside of a capture."""
+    return torch.tensor(keeps, dtype=torch.int32).to(device)
 
 
 def fmix32(x: int) -> int:

@@ -7,11 +7,12 @@ Letters: T tokens (rows), E experts, k per token, m extra candidates, W places p
 (W = k, or what Expanded Drop allows), G groups (1, or one per request), D devices, X = 1 or D.
 
 The method is that of arXiv 2503.05066 as `vllm_capmoe.reference.route_torch` has it, whose
-integers come out here bit for bit, in four launches and one that zeroes sums (three where
-no limit can be in effect), the number of which depends on shapes and the plan alone. Nothing is
-read back to the host and no size depends on a value, so a CUDA graph can hold a call (after one
-of the same sizes, which compiles the kernels and builds the table of limits). There is no sort of
-the assignments. `kernels/README.md` has the algorithm, its costs and its limits.
+integers come out here bit for bit, in four launches and one that zeroes sums (one less where
+no limit can be in effect, one more with decode keep), the number of which depends on shapes, the
+plan and which tensors are given. Nothing is read back to the host and no size depends on a value,
+so a CUDA graph can hold a call (after one of the same sizes, which compiles the kernels and builds
+the tables). There is no sort of the assignments. `kernels/README.md` has the algorithm, its costs
+and its limits.
 
 Run under Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton) the same
 functions take CPU tensors.
@@ -23,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from capmoe_kernels import _routing_kernels, _routing_limits
+from capmoe_kernels import _routing_kernels, _routing_limits, _routing_sharing
 from capmoe_kernels._routing_arguments import (
     flat,
     ids,
@@ -44,6 +45,7 @@ from capmoe_kernels._routing_checks import (
 from capmoe_kernels._routing_launch import (
     NO_LIMIT,
     fmix32,
+    keep_table,
     launch_config,
     limit_table,
     power_of_two,
@@ -88,7 +90,7 @@ def route_triton(
     seed: int = 0,
     counters: Tensor | None = None,
 ) -> RoutedSelection:
-    """Token Drop and Expanded Drop for the tokens of one step, as `route_torch` does them.
+    """Decode keep, Token Drop and Expanded Drop for the tokens of a step, as `route_torch` does.
 
     scores_TE: float [T, E], compared as float32. plan: resolved for E and k.
     topk_TK: int [T, k], the model's own choice, in [0, E) and distinct in the rows of real
@@ -174,11 +176,14 @@ def route_logits_triton(
 
 
 def prepare_limits(plan: PlanLike, max_tokens: int, device: torch.device) -> None:
-    """Build the tables of limits for all steps of up to max_tokens tokens, once per plan.
+    """Build the tables of limits for all steps of up to max_tokens tokens, once per plan, and that
+    of decode keep.
 
     A call builds what it needs by itself, but copies it to the device, which the capture of a CUDA
     graph doesn't allow.
     """
+    if plan.keeps:
+        keep_table(plan.keeps, device)
     if plan.mode == "off" or plan.gamma is None:
         return
     for power in range(max(max_tokens, 1).bit_length() + 1):
@@ -230,15 +235,18 @@ def _route(
         table, least = limit_table(plan, T, device)
         least = max(least, plan.min_tokens)
         limited = least <= T
+    sharing = bool(plan.keeps) and is_decode_T is not None
     M = plan.extra if limited else 0
     L = K + M
 
     # What is returned, and what is counted from zero: one launch.
     E4, G4 = up_to_four(E), up_to_four(G)
-    sums = torch.zeros(2 + E4 + 2 * G4, dtype=torch.int64, device=device)
+    loaded_size = up_to_four(E + 1) if sharing else 0
+    sums = torch.zeros(2 + E4 + 2 * G4 + loaded_size // 2, dtype=torch.int64, device=device)
     totals, sums_32 = sums[:2], sums.view(torch.int32)
     load_before, load_after = sums_32[4 : 4 + E], sums_32[4 + E4 : 4 + E4 + E]
     groups = sums_32[4 + 2 * E4 :][: 4 * G] if limited else None
+    loaded = sums_32[4 + 2 * E4 + 4 * G4 :][: E + 1] if sharing else None
     experts = ints(device, T, W)
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
     capacity = ints(device, G, X)
@@ -270,6 +278,7 @@ def _route(
     candidate_scores = torch.empty((L, T), dtype=torch.float32, device=device)
     counts = ints(device, blocks, E)
     keys = ints(device, E, T) if limited and not at_device else None
+    decode_keys = ints(device, T, E) if sharing else None
     last_bids, index = None, None
     bin_device = flat(device_E) if limited and at_device else None
     if limited:
@@ -286,7 +295,7 @@ def _route(
         topk_TK,
         0 if topk_TK is None else topk_TK.stride(0),
         mask(is_padding_T),
-        mask(is_decode_T) if limited else None,
+        mask(is_decode_T) if limited or sharing else None,
         flat(request_T) if limited and by_request else None,
         mask(is_image_T) if limited and by_image else None,
         flat(device_E) if M > 0 and local else None,
@@ -297,17 +306,39 @@ def _route(
         tags,
         groups,
         load_before,
+        keep_table(plan.keeps, device) if sharing else None,
+        loaded,
+        decode_keys,
         T,
         G,
         E=E,
         EP=EP,
         K=K,
         M=M,
+        KEEPS=len(plan.keeps),
         TEXT_LAST=plan.priority == "text-first",
         SCORING=scoring,
         BLOCK_T=config.choose_rows,
         **options(config.choose_warps),
     )
+    if sharing:
+        _routing_sharing.share_kernel[(ceil_div(T, config.choose_rows),)](
+            scores_TE,
+            scores_TE.stride(0),
+            tags,
+            candidates,
+            candidate_scores,
+            keys,
+            decode_keys,
+            loaded,
+            T,
+            E=E,
+            EP=EP,
+            K=K,
+            SCORING=scoring,
+            BLOCK_T=config.choose_rows,
+            **options(config.choose_warps),
+        )
     if limited:
         _routing_limits.limit_kernel[(min(G, T // max(least, 1)) * B,)](
             tags,

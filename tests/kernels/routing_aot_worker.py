@@ -24,13 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from capmoe_kernels import _routing_kernels, _routing_limits, routing
+from capmoe_kernels import _routing_kernels, _routing_limits, _routing_sharing, routing
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MODULES = {
     "choose_kernel": _routing_kernels,
+    "share_kernel": _routing_sharing,
     "limit_kernel": _routing_limits,
     "pack_kernel": _routing_kernels,
     "seats_kernel": _routing_kernels,
@@ -62,6 +63,7 @@ class Case:
 
 MASKS = ("is_padding_T", "is_decode_T")
 DROP, EXPANDED = {"mode": "drop"}, {"mode": "expanded"}
+KEEP = {"mode": "off", "decode_keep": "auto"}
 CASES = {
     # Mixtral, OLMoE, Qwen3-30B-A3B, DeepSeek-V2-Lite on 8 ranks, and the largest sizes.
     "mixtral-drop": Case(8192, 8, 2, DROP, (*MASKS, "topk_TK")),
@@ -94,6 +96,9 @@ CASES = {
     "sigmoid": Case(4096, 160, 6, EXPANDED, MASKS, scoring="sigmoid", dtype=torch.bfloat16),
     "deepseek-v3": Case(8192, 256, 8, EXPANDED, (*MASKS, "topk_TK"), scoring="sigmoid"),
     "sqrtsoftplus": Case(64, 256, 8, DROP, MASKS, scoring="sqrtsoftplus"),
+    "keep-olmoe": Case(16, 64, 8, KEEP, MASKS, scoring="softmax", dtype=torch.bfloat16),
+    "keep-deepseek": Case(512, 256, 8, {**KEEP, **DROP}, (*MASKS, "topk_TK"), scoring="sigmoid"),
+    "keep-largest": Case(4096, 512, 16, {**EXPANDED, "decode_keep": 3}, MASKS, scoring="softmax"),
 }
 
 

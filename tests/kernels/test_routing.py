@@ -220,6 +220,8 @@ def make_case(
         "min_tokens": rng.choice([0, 0, 0, T, max(T - 3, 0), 8]),
         **fixed,
     }
+    if config["scope"] == "batch":
+        config.setdefault("decode_keep", rng.choice(["off", "auto", rng.randint(1, k)]))
     plan = resolve(
         CapacityConfig(**config),
         num_experts=E,
@@ -285,8 +287,42 @@ def test_random_cases_with_the_shipped_launch(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_mode_off_is_plain_top_k(seed: int, launches: str) -> None:
     scores, plan, tensors = make_case(random.Random(seed))
-    plan = dataclasses.replace(plan, mode="off", extra=0, max_experts=None, bin_sizes=(1,))
+    plan = dataclasses.replace(
+        plan, mode="off", extra=0, max_experts=None, bin_sizes=(1,), keeps=()
+    )
     check(scores, plan, **tensors)
+
+
+# --- Decode keep ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["off", "drop", "expanded"])
+@pytest.mark.parametrize("seed", range(6))
+def test_decode_keep_equals_the_reference(seed: int, mode: str, launches: str) -> None:
+    rng = random.Random(f"{mode} {seed}")
+    keep = rng.choice(["auto", 1, 1, 2])
+    scores, plan, tensors = make_case(rng, T=rng.choice([1, 17, 40]), mode=mode, scope="batch")
+    keeps = CapacityConfig(decode_keep=min(keep, plan.top_k) if keep != "auto" else keep)
+    plan = dataclasses.replace(plan, keeps=keeps.keeps(plan.top_k))
+    for share in (1.0, 0.5):
+        decode = torch.rand(len(scores), generator=torch.Generator().manual_seed(seed)) < share
+        check(scores, plan, **{**tensors, "is_decode_T": decode.to(DEVICE)})
+
+
+@pytest.mark.parametrize(("E", "k"), [(64, 8), (128, 8), (60, 4), (8, 2)])
+def test_decode_keep_at_the_sizes_of_models(E: int, k: int) -> None:
+    """A step of 24 decode tokens, 3 of them padding: fewer experts are active; k0 as `auto`."""
+    logits = 2 * torch.randn(24, E, generator=torch.Generator().manual_seed(E)).to(DEVICE)
+    decode, padding = torch.ones(2, 24, dtype=torch.bool, device=DEVICE)
+    padding[:21] = False
+    tensors = {"is_decode_T": decode, "is_padding_T": padding}
+    off, auto = make_plan(E, k, mode="off"), make_plan(E, k, mode="off", decode_keep="auto")
+    got = check(logits.softmax(1), auto, **tensors)
+    without = check(logits.softmax(1), off, **tensors)
+    assert int((got.load_after > 0).sum()) < int((without.load_after > 0).sum()) or E == 8
+    assert torch.equal(got.load_before, without.load_after)
+    by_logits = run(route_logits_triton, logits, auto, scoring="softmax", **tensors)
+    assert torch.equal(by_logits.experts, got.experts)
 
 
 # --- Sizes ----------------------------------------------------------------------------------
@@ -475,13 +511,14 @@ def test_logits_that_are_no_numbers(scoring: str) -> None:
 
 @pytest.mark.gpu
 def test_a_cuda_graph_holds_the_call() -> None:
-    plan = make_plan(8, 2, mode="expanded", metric="random")
+    plan = make_plan(8, 2, mode="expanded", metric="random", decode_keep="auto")
     scores = torch.rand(300, 8, device="cuda")
+    decode = torch.arange(300, device="cuda") < 40
     padding = torch.zeros(300, dtype=torch.bool, device="cuda")
     counters = torch.zeros(22, dtype=torch.int64, device="cuda")
 
     def call() -> tuple[RoutedSelection, RoutedSelection]:
-        options = {"is_padding_T": padding, "counters": counters}
+        options = {"is_padding_T": padding, "is_decode_T": decode, "counters": counters}
         by_logits = route_logits_triton(scores, plan, scoring="sigmoid", **options)
         return route_triton(scores, plan, **options), by_logits
 
@@ -494,9 +531,10 @@ def test_a_cuda_graph_holds_the_call() -> None:
         scores.copy_(torch.rand(300, 8))
         padding.copy_(torch.arange(300) >= rows)
         graph.replay()
-        assert_same(got, route_torch(scores, plan, is_padding_T=padding), 8)
+        options = {"is_padding_T": padding, "is_decode_T": decode}
+        assert_same(got, route_torch(scores, plan, **options), 8)
         assert counters[16] == 2 * steps
-        again = route_logits_triton(scores, plan, scoring="sigmoid", is_padding_T=padding)
+        again = route_logits_triton(scores, plan, scoring="sigmoid", **options)
         assert torch.equal(by_logits.experts, again.experts)
 
 

@@ -42,6 +42,9 @@ def test_kernels_compile_within_the_chip(arch: int, tmp_path: Path) -> None:
         if line["kernel"] == "pack_kernel":
             # Weights have the reference's bits: IEEE division, no product merged into a sum.
             assert set(line["divisions"]) == {"div.rn.f32"} and line["float_fma"] == 0, line
-    four = ["choose_kernel", "limit_kernel", "pack_kernel", "seats_kernel"]
+    five = ["choose_kernel", "share_kernel", "limit_kernel", "pack_kernel", "seats_kernel"]
+    four = [name for name in five if name != "share_kernel"]
     assert launches.pop("mixtral-off") == [name for name in four if name != "limit_kernel"]
+    assert launches.pop("keep-olmoe") == [name for name in five if name != "limit_kernel"]
+    assert launches.pop("keep-deepseek") == launches.pop("keep-largest") == five
     assert len(launches) == 9 and all(names == four for names in launches.values())

@@ -101,6 +101,7 @@ def bad_calls() -> list[tuple[str, Any]]:
         (r"T \* E is 1073741824 \* 1", (long, make_plan(1, 1)), {}),
         (r"T is 4 with 268435456 devices", (scores, devices), {"device_E": ids.repeat(2)}),
         (r"plan.metric is 'best'", (scores, dataclasses.replace(plan, metric="best")), {}),
+        (r"plan.keeps is \(3,\).*1 to 2", (scores, dataclasses.replace(plan, keeps=(3,))), {}),
         (r"plan.extra 7", (scores, dataclasses.replace(plan, extra=7)), {}),
     ]
     return [(pattern, lambda a=a, k=k: route_triton(*a, **k)) for pattern, a, k in calls] + [
@@ -124,8 +125,12 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_prepared_limits_leave_nothing_to_build_in_a_capture() -> None:
     plan, device = make_plan(8, 2, factor=0.7531), torch.device(DEVICE)
+    plan = dataclasses.replace(plan, keeps=(2, 2, 1, 2, 1))
     routing.prepare_limits(plan, 2048, device)
     built = launch._limit_table.cache_info().misses
+    keeps = launch.keep_table.cache_info().misses
+    assert launch.keep_table(plan.keeps, device).tolist() == [2, 2, 1, 2, 1]
+    assert launch.keep_table.cache_info().misses == keeps
     for tokens in (1, 2, 3, 100, 511, 512, 1000, 2047, 2048):
         launch.limit_table(plan, tokens, device)
     assert launch._limit_table.cache_info().misses == built
