@@ -21,60 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-ROOT = Path(__file__).resolve().parents[2]
-LIST = Path(__file__).with_name("mutants.toml")
-PACKAGES = ("vllm_capmoe", "kernels/capmoe_kernels")
-
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+from mutant_list import ROOT, Mutant, StaleError, mutants  # noqa: E402
 from overlays import make_overlay  # noqa: E402
 
-
-class StaleError(Exception):
-    """The text of a mutant isn't in its file exactly once."""
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one file.
-
-    breaks: what is wrong with the code then, in a few words. file: from the root of the repository.
-    find, replace: texts; `find` stands in the file exactly once.
-    tests: arguments of pytest, a string for each run, the cheapest first.
-    survives: why no test can kill it; empty where one must.
-    """
-
-    breaks: str
-    file: str
-    find: str
-    replace: str
-    tests: tuple[str, ...]
-    survives: str = ""
-
-    def line(self, root: Path) -> int:
-        """The line where its text begins. Raises StaleError."""
-        text = (root / self.file).read_text()
-        if (count := text.count(self.find)) != 1:
-            raise StaleError(f"{self.file} has this text {count} times, not once:\n{self.find}")
-        return text[: text.index(self.find)].count("\n") + 1
-
-    def put_into(self, root: Path) -> None:
-        """Change the file under `root`. Raises StaleError."""
-        self.line(root)
-        path = root / self.file
-        path.write_text(path.read_text().replace(self.find, self.replace))
-
-
-def mutants() -> list[Mutant]:
-    """All of `mutants.toml`."""
-    entries = tomllib.loads(LIST.read_text())["mutant"]
-    return [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+PACKAGES = ("vllm_capmoe", "kernels/capmoe_kernels")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,9 @@
 
 import ast
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER))
-from run import ROOT, Mutant, mutants  # noqa: E402
+from mutant_list import ROOT, Mutant, mutants
 
 MUTANTS = mutants()
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,7 @@ def installed(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     build = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", build, folder, cwd=tree)
     (archive,) = folder.glob("vllm_capmoe-*.tar.gz")
-    with tarfile.open(archive) as sources:
-        sources.extractall(folder / "sources", filter="data")
+    shutil.unpack_archive(archive, folder / "sources")
     (unpacked,) = (folder / "sources").iterdir()
     build = build.replace("sdist", "wheel")
     run(sys.executable, "-c", build, folder, cwd=unpacked)
