@@ -71,6 +71,7 @@ def call(
     experts: Tensor,
     expert_map: Tensor | None,
     max_rows: int | None,
+    most_held: int | None,
     out: Tensor | None,
 ) -> None:
     """Activations, routing and result fit the weights."""
@@ -103,8 +104,9 @@ def call(
                 "expected torch.int32 of one dimension"
             )
         _contiguous("expert_map", expert_map)
-    if max_rows is not None and max_rows < 0:
-        raise ValueError(f"max_rows_per_expert is {max_rows}, expected at least 0")
+    for name, most in (("max_rows_per_expert", max_rows), ("most_held", most_held)):
+        if most is not None and most < 0:
+            raise ValueError(f"{name} is {most}, expected at least 0")
     if out is not None:
         _shape("out", out, tuple(hidden.shape), f"hidden {list(hidden.shape)}")
         if out.dtype != hidden.dtype:

@@ -129,7 +129,7 @@ def load_rows(
         return tl.load(ptrs, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_programs"])
+@triton.jit(do_not_specialize=["num_programs", "num_rows"])
 def gate_up_kernel(
     hidden_ptr,  # [T, H], last stride 1
     w13,  # descriptor of, or pointer to, [E, 2I, H] (or [E, I, H])
@@ -137,8 +137,9 @@ def gate_up_kernel(
     weights_ptr,  # float32 [A], read where MUL_WEIGHT
     order_ptr,  # int32 [A]
     offsets_ptr,  # int32 [E + 1]
-    out_ptr,  # [A, I] contiguous, in seat order
+    out_ptr,  # [A, I] contiguous, in seat order; [R, I] with num_rows
     num_programs,
+    num_rows,  # R, the most seats, past which nothing is stored; None: there are A
     HIDDEN_STRIDE: tl.constexpr,
     W13_STRIDE_E: tl.constexpr,
     W13_STRIDE_N: tl.constexpr,
@@ -196,6 +197,8 @@ def gate_up_kernel(
         )
         seats_M = seat + tl.arange(0, BLOCK_M)
         ok_M = seats_M < end
+        if num_rows is not None:
+            ok_M = ok_M & (seats_M < num_rows)
         slots_M = tl.load(order_ptr + seats_M, mask=ok_M, other=0)
         x_ptrs = hidden_ptr + (slots_M // W).to(tl.int64)[:, None] * HIDDEN_STRIDE
         column = pid_n * OUT_N
@@ -289,7 +292,7 @@ def gate_up_kernel(
         tl.store(out_ptrs, narrow(y, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_programs", "num_slots"])
+@triton.jit(do_not_specialize=["num_programs", "num_rows"])
 def down_kernel(
     x,  # descriptor of, or pointer to, [A, I] contiguous, in seat order
     w2,  # descriptor of, or pointer to, [E, H, I]
@@ -297,9 +300,10 @@ def down_kernel(
     weights_ptr,  # float32 [A], read where MUL_WEIGHT
     order_ptr,  # int32 [A]
     offsets_ptr,  # int32 [E + 1]
-    out_ptr,  # [SPLIT_K, A, H] contiguous, by assignment
+    out_ptr,  # [SPLIT_K, R, H] contiguous, by assignment, or by seat
+    seat_of_ptr,  # int32 [A], written where the rows go by seat; None where by assignment
     num_programs,
-    num_slots,  # A
+    num_rows,  # R: A, or the most seats
     W2_STRIDE_E: tl.constexpr,
     W2_STRIDE_N: tl.constexpr,
     E: tl.constexpr,
@@ -321,6 +325,8 @@ def down_kernel(
     PDL: tl.constexpr,
 ):
     """out[part, order[seat]] = (w2[e] @ x[seat] + bias[e]) * weight[order[seat]].
+
+    With `seat_of_ptr` it is out[part, seat], and seat_of[order[seat]] = seat for the combine.
 
     With SPLIT_K above one each part holds the sum over its own slice of I, the bias in part 0;
     the combine kernel adds the parts. Rows of x past the expert's last seat belong to the next
@@ -348,6 +354,8 @@ def down_kernel(
         column = pid_nk % H_TILES * BLOCK_N
         seats_M = seat + tl.arange(0, BLOCK_M)
         ok_M = seats_M < end
+        if seat_of_ptr is not None:
+            ok_M = ok_M & (seats_M < num_rows)
         cols_N = column + tl.arange(0, BLOCK_N)
         ok_N = cols_N < H
 
@@ -396,8 +404,11 @@ def down_kernel(
         if MUL_WEIGHT:
             acc = acc * tl.load(weights_ptr + slots_M, mask=ok_M, other=0.0)[:, None]
         row_M = slots_M.to(tl.int64)
+        if seat_of_ptr is not None:
+            row_M = seats_M.to(tl.int64)
+            tl.store(seat_of_ptr + slots_M, seats_M, mask=ok_M & (pid_nk == 0))
         if SPLIT_K > 1:
-            row_M += part.to(tl.int64) * num_slots
+            row_M += part.to(tl.int64) * num_rows
         out_ptrs = out_ptr + row_M[:, None] * H + cols_N[None, :]
         mask = ok_M[:, None]
         if H % BLOCK_N != 0:
@@ -405,13 +416,14 @@ def down_kernel(
         tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
-    rows_ptr,  # [SPLIT_K, A, H] contiguous, by assignment
+    rows_ptr,  # [SPLIT_K, R, H] contiguous, by assignment, or by seat
     experts_ptr,  # int32 [A]
     map_ptr,  # int32 [G] global expert -> expert here, or None
+    seat_of_ptr,  # int32 [A], -1 = no row, where the rows go by seat; None where by assignment
     out_ptr,  # [T, H], last stride 1
-    num_slots,  # A
+    num_rows,  # R
     OUT_STRIDE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -435,11 +447,16 @@ def combine_kernel(
         expert = tl.load(experts_ptr + slot)
         if map_ptr is not None:
             expert = tl.load(map_ptr + expert, mask=expert >= 0, other=-1)
+        row_of_slot = slot
+        if seat_of_ptr is not None:
+            seat = tl.load(seat_of_ptr + slot, mask=expert >= 0, other=-1)
+            expert = tl.minimum(expert, seat)
+            row_of_slot = seat.to(tl.int64)
         mask = cols_H < tl.where(expert >= 0, H, 0)
         for part in tl.static_range(SPLIT_K):
-            row = slot
+            row = row_of_slot
             if part > 0:
-                row += tl.cast(num_slots, tl.int64) * part
+                row += tl.cast(num_rows, tl.int64) * part
             ptrs = rows_ptr + row * H + cols_H
             total_H += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + token * OUT_STRIDE + cols_H

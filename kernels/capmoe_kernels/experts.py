@@ -59,13 +59,15 @@ def workspace_sizes(
     intermediate: int,
     dtype: torch.dtype,
     config: ExpertsConfig | None = None,
+    most_held: int | None = None,
 ) -> tuple[int, int]:
-    """Elements of `dtype` of the two workspaces: after gate/up [A, I], after down [parts, A, H].
+    """Elements of `dtype` of the two workspaces: after gate/up [R, I], after down [parts, R, H].
 
-    The parts of a split sum are float32. Without `config`: enough for whatever the heuristics
-    choose, for this or a smaller number of tokens.
+    R is A, or `most_held` (see :func:`fused_experts`) where that is less. The parts of a split sum
+    are float32. Without `config`: enough for whatever the heuristics choose, for this or a smaller
+    number of tokens.
     """
-    assignments = tokens * width
+    assignments = workspace_rows(tokens * width, most_held)
     if config is not None and config.down.split_k == 1:
         rows = assignments * hidden
     else:
@@ -76,6 +78,11 @@ def workspace_sizes(
         )
         rows = max(assignments * hidden, ceil_div(parts * hidden * 4, dtype.itemsize))
     return assignments * intermediate, rows
+
+
+def workspace_rows(assignments: int, most_held: int | None) -> int:
+    """Rows of the workspaces, R: one for each assignment, or for each that may be held here."""
+    return assignments if most_held is None else min(assignments, max(1, most_held))
 
 
 def fused_experts(
@@ -97,6 +104,7 @@ def fused_experts(
     situ_linear_beta: float | None = None,
     apply_router_weight_on_input: bool = False,
     max_rows_per_expert: int | None = None,
+    most_held: int | None = None,
     config: ExpertsConfig | None = None,
     out: Tensor | None = None,
     workspaces: tuple[Tensor, Tensor] | None = None,
@@ -124,6 +132,8 @@ def fused_experts(
         apply_router_weight_on_input: multiply the expert's input row instead of its output.
         max_rows_per_expert: no expert holds more (the capacity): a smaller grid, a fitting tile.
             A wrong bound costs time, never correctness.
+        most_held: no more assignments are held here, of the A: smaller workspaces, and one launch
+            more. What is over it is left out. With `seats`, counted from their first one.
         config: launches; None takes tuned values for this device, else heuristics.
         out: result [T, H], rows contiguous; may be `hidden` itself.
         workspaces: two contiguous buffers of the dtype of `hidden` with at least
@@ -146,7 +156,7 @@ def fused_experts(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
     check.weights(w13, w2, w13_bias, w2_bias, act.gated)
-    check.call(hidden, w13, weights, experts, expert_map, max_rows_per_expert, out)
+    check.call(hidden, w13, weights, experts, expert_map, max_rows_per_expert, most_held, out)
     check.devices(
         hidden,
         w13,
@@ -181,7 +191,10 @@ def fused_experts(
             max_rows=max_rows_per_expert,
         )
     check.config(config, act.gated, chip, tokens * width, w2)
-    sizes = workspace_sizes(tokens, width, num_hidden, intermediate, hidden.dtype, config)
+    rows_R = workspace_rows(tokens * width, most_held)
+    sizes = workspace_sizes(
+        tokens, width, num_hidden, intermediate, hidden.dtype, config, most_held
+    )
     if workspaces is None:
         workspaces = (hidden.new_empty(sizes[0]), hidden.new_empty(sizes[1]))
     else:
@@ -191,8 +204,10 @@ def fused_experts(
     else:
         check.seats(seats.order, seats.offsets, experts, num_experts)
 
-    a_slots = tokens * width
-    acts_AI = workspaces[0].view(-1)[: sizes[0]].view(a_slots, intermediate)
+    seat_of = None
+    if rows_R < tokens * width:
+        seat_of = torch.full((tokens * width,), -1, dtype=torch.int32, device=hidden.device)
+    acts_RI = workspaces[0].view(-1)[: sizes[0]].view(rows_R, intermediate)
     rows = workspaces[1].view(-1)[: sizes[1]]
     if config.down.split_k > 1:
         rows = rows.view(torch.float32)
@@ -205,16 +220,17 @@ def fused_experts(
             w13_bias,
             weights,
             seats,
-            acts_AI,
+            acts_RI,
             act,
             config.gate_up,
             chip,
             mul_weight=apply_router_weight_on_input,
             max_rows=max_rows_per_expert,
+            bounded=seat_of is not None,
             pdl=pdl,
         )
         launch_down(
-            acts_AI,
+            acts_RI,
             w2,
             w2_bias,
             weights,
@@ -224,9 +240,12 @@ def fused_experts(
             chip,
             mul_weight=not apply_router_weight_on_input,
             max_rows=max_rows_per_expert,
+            seat_of=seat_of,
             pdl=pdl,
         )
-        launch_combine(rows, experts, expert_map, result, config, pdl=pdl)
+        launch_combine(
+            rows, experts, expert_map, result, config, num_rows=rows_R, seat_of=seat_of, pdl=pdl
+        )
     return result
 
 
@@ -253,9 +272,13 @@ def launch_gate_up(
     *,
     mul_weight: bool,
     max_rows: int | None = None,
+    bounded: bool = False,
     pdl: bool = False,
 ) -> None:
-    """First launch of :func:`fused_experts`, arguments unchecked."""
+    """First launch of :func:`fused_experts`, arguments unchecked.
+
+    bounded: `out_AI` has fewer rows than there are assignments.
+    """
     (num_experts, _, num_hidden), intermediate = w13.shape, out_AI.shape[1]
     out_n = config.block_n // 2 if act.gated else config.block_n
     use_tma = _use_tma(config, chip, w13)
@@ -281,6 +304,7 @@ def launch_gate_up(
         seats.offsets,
         out_AI,
         num_programs,
+        out_AI.shape[0] if bounded else None,
         HIDDEN_STRIDE=hidden.stride(0),
         W13_STRIDE_E=w13.stride(0),
         W13_STRIDE_N=w13.stride(1),
@@ -314,11 +338,12 @@ def launch_down(
     *,
     mul_weight: bool,
     max_rows: int | None = None,
+    seat_of: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Second launch of :func:`fused_experts`, arguments unchecked. `out` is flat."""
     num_experts, num_hidden, intermediate = w2.shape
-    num_slots = x_AI.shape[0]
+    num_rows = x_AI.shape[0]
     use_tma = _use_tma(config, chip, w2, x_AI)
     x: Tensor | TensorDescriptor = x_AI
     w: Tensor | TensorDescriptor = w2
@@ -326,7 +351,7 @@ def launch_down(
         x = TensorDescriptor.from_tensor(x_AI, [config.block_m, config.block_k])
         w = TensorDescriptor.from_tensor(w2, [1, config.block_n, config.block_k])
     n_tiles = ceil_div(num_hidden, config.block_n) * config.split_k
-    num_programs = grid_size(num_slots, num_experts, n_tiles, config, chip, max_rows)
+    num_programs = grid_size(num_rows, num_experts, n_tiles, config, chip, max_rows)
     kernels.down_kernel[(num_programs,)](
         x,
         w,
@@ -335,8 +360,9 @@ def launch_down(
         seats.order,
         seats.offsets,
         out,
+        seat_of,
         num_programs,
-        num_slots,
+        num_rows,
         W2_STRIDE_E=w2.stride(0),
         W2_STRIDE_N=w2.stride(1),
         E=num_experts,
@@ -358,17 +384,22 @@ def launch_combine(
     out: Tensor,
     config: ExpertsConfig,
     *,
+    num_rows: int | None = None,
+    seat_of: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Third launch of :func:`fused_experts`, arguments unchecked. `rows` is flat."""
+    """Third launch of :func:`fused_experts`, arguments unchecked. `rows` is flat, of A rows each
+    part, or of `num_rows` with `seat_of`.
+    """
     tokens, width = experts.shape
     block_h = config.combine.block_h
     kernels.combine_kernel[(tokens, ceil_div(out.shape[1], block_h))](
         rows,
         experts,
         expert_map,
+        seat_of,
         out,
-        tokens * width,
+        tokens * width if num_rows is None else num_rows,
         OUT_STRIDE=out.stride(0),
         H=out.shape[1],
         W=width,

@@ -151,9 +151,12 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         empty(num_experts + 1, of=torch.int32),
     )
     weights = empty(tokens, width, of=torch.float32)
-    acts = empty(slots, intermediate)
+    held = case.get("held")  # fewer rows than places
+    num_rows = held or slots
+    seat_of = empty(slots, of=torch.int32) if held else None
+    acts = empty(num_rows, intermediate)
     split = config.down.split_k
-    rows = empty(split * slots * num_hidden, of=torch.float32 if split > 1 else dtype)
+    rows = empty(split * num_rows * num_hidden, of=torch.float32 if split > 1 else dtype)
     names = ("gate_up_kernel", "down_kernel", "combine_kernel")
     records = stand_in(experts.kernels, names, (major, minor))
     experts.launch_gate_up(
@@ -167,6 +170,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         config.gate_up,
         chip,
         mul_weight=False,
+        bounded=held is not None,
         pdl=config.pdl,
     )
     experts.launch_down(
@@ -179,6 +183,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         config.down,
         chip,
         mul_weight=True,
+        seat_of=seat_of,
         pdl=config.pdl,
     )
     experts.launch_combine(
@@ -187,6 +192,8 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         None,
         empty(tokens, num_hidden),
         config,
+        num_rows=num_rows,
+        seat_of=seat_of,
         pdl=config.pdl,
     )
     return {"config": config.to_dict(), "kernels": records}

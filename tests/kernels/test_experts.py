@@ -80,12 +80,11 @@ class Walled:
             return
         from triton.runtime.interpreter import InterpreterBuilder
 
-        begins, ends = np.array(sorted(self.spans), dtype=np.uint64).reshape(-1, 2).T
-
         def watch(original: Any, mask_index: int) -> Any:
             def access(builder: Any, pointers: Any, *args: Any, **options: Any) -> Any:
                 at = pointers.data[args[mask_index].data].astype(np.uint64)
                 size = pointers.get_element_ty().primitive_bitwidth // 8
+                begins, ends = np.array(sorted(self.spans), dtype=np.uint64).reshape(-1, 2).T
                 tensor = np.searchsorted(begins, at, side="right").astype(np.int64) - 1
                 assert at.size == 0 or ((tensor >= 0) & (at + size <= ends[tensor])).all()
                 return original(builder, pointers, *args, **options)
@@ -125,11 +124,15 @@ class Case:
             torch.arange(slots, device=DEVICE) < made.offsets[-1], made.order, slots
         )
         seats = ours.Seats(self.walled(order, slots), self.walled(made.offsets, slots))
-        sizes = ours.workspace_sizes(tokens, width, num_hidden, intermediate, dtype, config)
+        sizes = ours.workspace_sizes(
+            tokens, width, num_hidden, intermediate, dtype, config, changes.get("most_held")
+        )
         spaces = tuple(self.walled.nans(size, dtype=dtype) for size in sizes)
         out = self.walled.nans(tokens, num_hidden, dtype=dtype)
         options = {"config": config, "out": out, "workspaces": spaces, **self.options, **changes}
-        with self.walled.watched():
+        full = torch.full  # makes the one tensor that can't be handed in
+        with pytest.MonkeyPatch.context() as patch, self.walled.watched():
+            patch.setattr(torch, "full", lambda *a, **k: self.walled.allow(full(*a, **k)))
             result = ours.fused_experts(
                 self.hidden, self.w13, self.w2, self.weights, self.experts, seats, **options
             )
@@ -359,6 +362,31 @@ def test_rows_of_the_result_may_lie_far_apart() -> None:
             *args, seats, activation="silu", config=CONFIGS["pointers"], workspaces=spaces, out=far
         )
     assert torch.equal(far, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_workspaces_hold_what_is_held(config: str) -> None:
+    """Rows wide as under expert parallelism, most of whose places are elsewhere or unused."""
+    case = make_case(13, 6, 3, 40, 24, global_experts=12, bias=torch.bfloat16)
+    expected = case.run(CONFIGS[config]).clone()
+    held = int(ours.make_seats(case.experts, 3, case.options["expert_map"]).offsets[-1])
+    assert 0 < held < 13 * 6 // 2
+    for most in (held, held + 5, 13 * 6 + 1):
+        assert torch.equal(case.run(CONFIGS[config], most_held=most), expected)
+    rows = [ours.workspace_sizes(13, 6, 40, 24, torch.bfloat16, None, m)[0] for m in (held, None)]
+    assert rows == [held * 24, 13 * 6 * 24]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_over_the_promise_is_left_out(config: str) -> None:
+    """Not read, and nothing is written outside: the walls and addresses are checked."""
+    case = make_case(37, 2, 5, 24, 16)
+    seats = ours.make_seats(case.experts, 5)
+    held = int(seats.offsets[-1])
+    result = case.run(CONFIGS[config], most_held=held - 9)
+    late = seats.order[held - 9 : held].long()
+    case.experts.view(-1)[late] = -1
+    assert torch.equal(result, case.run(CONFIGS[config]))
 
 
 def test_configuration_by_heuristics() -> None:

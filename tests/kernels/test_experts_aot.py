@@ -59,6 +59,11 @@ CASES = [
         for tokens, dtype in ((1, "float32"), (8192, "float32"), (8192, "float16"))
     ),
     _case((9, 0), 16, QWEN, config={"PDL": True}),
+    # One of two ranks, with local candidates: wide rows, of which few places are held here.
+    *(
+        _case(capability, 8192, {**QWEN, "width": 72, "experts": 64}, held=131072)
+        for capability in ((9, 0), (10, 0), (8, 0))
+    ),
     # Rows that are no multiple of 16 bytes: no descriptors.
     _case((9, 0), 8192, {**QWEN, "hidden": 2050, "intermediate": 770}),
 ]

@@ -108,7 +108,8 @@ def test_the_capacity_bounds_the_grid(
     router = make(MIXTRAL, prompt_of_one_request(), "triton", **settings)
     layer = TritonExperts.__new__(TritonExperts)
     layer.quant_config, layer.activation_config = FUSED_MOE_UNQUANTIZED_CONFIG, ApplyMoEActivation()
-    layer.moe_config = SimpleNamespace(activation=MoEActivation.SILU)
+    parallel = SimpleNamespace(dp_size=1, sp_size=1)
+    layer.moe_config = SimpleNamespace(activation=MoEActivation.SILU, moe_parallel_config=parallel)
     bounds: list[int | None] = []
 
     def grid_size(*arguments: Any) -> int:

@@ -9,8 +9,11 @@ from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_o
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
+from vllm_capmoe import CapacityConfig
 from vllm_capmoe.integration import router as router_module
 from vllm_capmoe.integration.step import StepTokens
+from vllm_capmoe.plan import resolve
+from vllm_capmoe.reference import route_torch
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -139,3 +142,54 @@ def test_routers_whose_scores_are_unknown_are_refused(asked, named):
         patch.setattr("vllm.config.get_current_vllm_config", lambda: VllmConfig)
         with pytest.raises(ValueError, match=f"--moe-capacity-mode is 'drop'.*CPURouter.*{named}"):
             router_module._make_router(original)(top_k=K, global_num_experts=E, **asked)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "expanded"},
+        {"mode": "expanded", "level": "device"},
+        {"mode": "expanded", "scope": "request", "min_capacity": 3},
+        {"mode": "expanded", "factor": 0.1, "min_capacity": 26},
+        {"mode": "expanded", "factor": "inf"},
+        {"mode": "expanded", "min_tokens": 40},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("decoding", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("rows", [(1, 2), (37, 11), (64, 300)])
+def test_no_rank_holds_more_than_its_workspaces_are_made_for(
+    settings: dict[str, Any], decoding: float, rows: tuple[int, int]
+) -> None:
+    """Two ranks of eight experts route their own tokens, all of which want the first one's."""
+    settings = {"factor": 0.7, "min_capacity": 1, **settings}
+    generator = torch.Generator().manual_seed(sum(rows))
+    tokens = prompt_of_one_request()
+    made = make(MIXTRAL, tokens, mode="drop")
+    devices = torch.arange(E) // (E // 2)
+    made.plan = resolve(
+        CapacityConfig(**settings),
+        num_experts=E,
+        top_k=K,
+        expert_device=devices.tolist(),
+        has_token_device=True,
+        renormalize=True,
+    )
+    held = torch.zeros(E, dtype=torch.int64)
+    for source, count in enumerate(rows):
+        logits = torch.randn(count, E, generator=generator) - 3 * devices
+        logits[:, 0] += 6
+        selection = route_torch(
+            logits.softmax(-1),
+            made.plan,
+            is_decode_T=torch.rand(count, generator=generator) < decoding,
+            request_T=torch.arange(count) % tokens.num_groups,
+            num_requests=tokens.num_groups if made.plan.scope == "request" else 1,
+            device_E=devices,
+            token_device_T=torch.full((count,), source),
+        )
+        held += selection.load_after
+    most = made.most_held(sum(rows), E // 2, sources=2)
+    assert most is not None and held.view(2, -1).sum(1).max() <= most
+    if sum(rows) > 300:
+        assert most < sum(rows) * made.plan.width

@@ -272,6 +272,11 @@ class TritonExperts(CapacityExperts):
         assert w1 is not None and w2 is not None
         experts = experts.to(torch.int32)  # some all-to-all backends carry int64
         seats = router.seats_of(experts, w2.shape[0], expert_map)
+        most_held = None
+        if seats is None:  # rows of all ranks, whose experts are mostly elsewhere
+            parallel = self.moe_config.moe_parallel_config
+            sources = parallel.dp_size * parallel.sp_size
+            most_held = router.most_held(experts.shape[0], w2.shape[0], sources)
         fused_experts(
             hidden_states,
             w1,
@@ -282,6 +287,7 @@ class TritonExperts(CapacityExperts):
             expert_map=expert_map,
             # Without seats the rows come from several ranks, each with a limit of its own.
             max_rows_per_expert=None if seats is None else router.most_rows(experts.shape[0]),
+            most_held=most_held,
             w13_bias=self.w1_bias,
             w2_bias=self.w2_bias,
             out=output,

@@ -303,6 +303,30 @@ class CapacityRouter(BaseRouter):
             min_capacity=plan.min_capacity,
         )
 
+    def most_held(self, rows: int, num_local: int, sources: int) -> int | None:
+        """The most assignments that one rank's experts hold, of rows that were put together.
+
+        A group without a limit holds k a token. In one with a limit C an expert holds at most C,
+        or its generated tokens, who hold k each. And the limits of parts of a batch, each with its
+        floor and its rounding, are hardly more than that of the whole:
+
+            held <= T*k + E_local * (C(T) + groups * (min_capacity + 1))
+
+        Args:
+            rows: T, all together. num_local: experts of the rank.
+            sources: routers whose rows these are, each with limits of its own.
+        """
+        plan, tokens = self.plan, self.tokens
+        if plan is None or tokens is None:
+            return None
+        if plan.gamma is None:
+            return rows * plan.top_k
+        groups = sources * (tokens.num_groups if plan.scope == "request" else 1)
+        whole = capacity(
+            rows, num_experts=plan.num_experts, top_k=plan.top_k, gamma=plan.gamma, min_capacity=1
+        )
+        return rows * plan.top_k + num_local * (whole + groups * (plan.min_capacity + 1))
+
     def _scores(self, router_logits: Tensor) -> Tensor:
         return SCORING[self.scoring_func](router_logits.float())
 
