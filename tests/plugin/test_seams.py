@@ -131,6 +131,15 @@ def test_a_step_of_padding_alone_is_no_step():
     assert made.stats.counters()["steps"] == 0
 
 
+def test_a_token_without_an_expert_is_one_that_lost_all():
+    made = make(MIXTRAL, prompt_of_one_request(), **{**LIMITED, "factor": 0.1})  # a seat an expert
+    with override_forward_context(forward_context()):
+        _, experts = made.route(LOGITS, TOPK)
+    counted = made.stats.counters()
+    assert counted["left_without"] == int((experts < 0).all(1).sum()) >= T - E
+    assert counted["dropped"] == T * K - E
+
+
 def test_an_attribute_is_replaced_once():
     class Here:
         def method(self) -> int:

@@ -116,6 +116,13 @@ def test_level_device_bounds_ranks_where_an_engine_has_several():
         placed(parallel(3, tp=2, dp=2), level="device", candidates="local")
 
 
+def test_seats_are_kept_where_a_ranks_experts_are_consecutive_and_stay():
+    """They stand in order by expert, so a rank takes those from its first one on."""
+    assert [placed(parallel(rank, tp=2)).first_local for rank in (0, 1)] == [0, 4]
+    assert placed(parallel(1, tp=2), strategy="round_robin").first_local is None
+    assert placed(parallel(1, tp=2, enable_eplb=True)).first_local is None
+
+
 def test_without_expert_parallelism_there_is_one_device():
     found = placed(parallel(0, tp=1, dp=2, use_ep=False, ep_size=1))
     assert (found.own_device, found.expert_device, found.ranks) == (None, [0] * 8, 1)
