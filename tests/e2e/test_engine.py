@@ -3,7 +3,9 @@
 All engines run in float32 on weights of real scale, where a lost expert shows.
 """
 
+import json
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -21,6 +23,13 @@ TOPICS = (
 )
 PROMPTS = [f"{topic} {ending}" for topic in TOPICS for ending in ("", "is", "and then", "because")]
 LONG = "The quick brown fox jumps over the lazy dog while the experts wait for their tokens. " * 6
+
+PER_REQUEST = {
+    "moe_capacity_mode": "expanded",
+    "moe_capacity_factor": 0.5,
+    "moe_capacity_scope": "request",
+    "moe_capacity_min_capacity": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +100,8 @@ def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     """Also: a small gamma changes what the model says, whoever computes it."""
     # Per request: prompts that begin alike would tie across requests, and the last bit of either
     # kernel's sums would decide.
-    settings = {
-        "moe_capacity_mode": "expanded",
-        "moe_capacity_factor": 0.5,
-        "moe_capacity_scope": "request",
-        "moe_capacity_min_capacity": 1,
-    }
-    ours = run([PROMPTS], **settings)
-    theirs = run([PROMPTS], **settings, moe_capacity_backend="vllm")
+    ours = run([PROMPTS], **PER_REQUEST)
+    theirs = run([PROMPTS], **PER_REQUEST, moe_capacity_backend="vllm")
     assert_same(ours, theirs)
     assert [c["load_after"] for c in ours["counters"]] == [
         c["load_after"] for c in theirs["counters"]
@@ -107,7 +110,35 @@ def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     assert "dropped assignments: they are computed with weight zero" in theirs["log"]
     wide = {"moe_capacity_max_experts": "none", "moe_capacity_backend": "vllm"}
     with pytest.raises(AssertionError, match="4 experts per token, but .* isn't known to skip"):
-        run([PROMPTS], **settings, **wide)
+        run([PROMPTS], **PER_REQUEST, **wide)
+
+
+@pytest.mark.cpu
+def test_a_draft_model_is_let_alone_and_changes_no_token(run, example_model, tmp_path):
+    """The target's own weights as a draft of three experts per token, not the target's two.
+
+    Some drafts are accepted, some aren't, so the requests end in different steps.
+    """
+    draft = tmp_path / "draft"
+    shutil.copytree(example_model, draft)
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 3}))
+    alone = run([PROMPTS], **PER_REQUEST)
+    drafted = run(
+        [PROMPTS],
+        **PER_REQUEST,
+        moe_capacity_max_experts=2,  # of the target, as by default
+        speculative_config={
+            "method": "draft_model",
+            "model": str(draft),
+            "num_speculative_tokens": 3,
+        },
+    )
+    for one, other in zip(alone["batches"][0], drafted["batches"][0], strict=True):
+        assert one["token_ids"] == other["token_ids"]
+    assert [c["layer"] for c in drafted["counters"]] == [c["layer"] for c in alone["counters"]]
+    requests = {len(set(step["request"])) for step in drafted["records"][0]}
+    assert len(requests) > 1, "all requests ended in one step: no draft was accepted"
 
 
 def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:

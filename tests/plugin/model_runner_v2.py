@@ -98,6 +98,17 @@ def main() -> None:
     assert tokens.request[:rows].tolist() == [n for n, each in enumerate(expected) for _ in each]
     assert tokens.num_requests == len(REQUESTS)
     assert not tokens.is_decode[rows:].any(), "rows that the step doesn't have"
+    cut_short(batch, tokens)
+
+
+def cut_short(batch: object, tokens: step.StepTokens) -> None:
+    """With adaptive verification the device may know of fewer rows than the host."""
+    batch.query_start_loc = batch.query_start_loc.clone()
+    batch.query_start_loc[len(REQUESTS) :] -= 2
+    prepare = step._after_v2(lambda self, *_: batch)
+    made = SimpleNamespace(**{step.ATTRIBUTE: tokens}, req_states=runner().req_states)
+    prepare(made, None, None)
+    assert int(tokens.request[: batch.num_tokens].max()) == len(REQUESTS) - 1
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm
 from engines import VLLM, environment, free_port
+from vllm import platforms
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
 import vllm_capmoe
 from vllm_capmoe import CapacityConfig
-from vllm_capmoe.integration import checks, compat, layers
+from vllm_capmoe.integration import checks, compat, layers, worker
 
 vllm_capmoe.register()
 
@@ -119,6 +121,19 @@ def test_batch_invariance_refuses_scope_batch(example_model, monkeypatch):
     ):
         engine_config(example_model, **settings)
     engine_config(example_model, **settings, moe_capacity_backend="vllm")
+
+
+@pytest.mark.parametrize("plugins", ["", "other", "other,another"])
+def test_plugins_without_this_one_are_refused_with_a_mode(example_model, monkeypatch, plugins):
+    """The processes that vLLM starts would be without it, and serve stock."""
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    with pytest.raises(
+        ValueError, match=f"mode is 'drop', but VLLM_PLUGINS is '{plugins}', .*'cap"
+    ):
+        engine_config(example_model, moe_capacity_mode="drop")
+    engine_config(example_model)
+    monkeypatch.setenv("VLLM_PLUGINS", f"capmoe,{plugins}")
+    engine_config(example_model, moe_capacity_mode="drop")
 
 
 def test_a_hidden_padding_mask_is_refused(example_model, monkeypatch):
@@ -224,6 +239,44 @@ def test_a_seam_that_takes_something_else_is_named_and_nothing_is_patched():
             lambda: [compat.Patch(Moved, "method", same, ("this",))],
         )
     assert Moved.method is before
+
+
+def test_a_seam_is_wrapped_at_most_once():
+    class Owner:
+        @staticmethod
+        def method() -> list[str]:
+            return ["theirs"]
+
+    def wrapped(original: compat.Function) -> compat.Function:
+        return lambda: [*original(), "ours"]
+
+    for _ in range(2):
+        compat.apply(lambda: [compat.Patch(Owner, "method", wrapped, ())])
+    assert Owner.method() == ["theirs", "ours"]
+
+
+def test_another_platform_is_refused(example_model, monkeypatch):
+    config = engine_config(example_model)
+    tpu = SimpleNamespace(device_name="tpu", is_cpu=lambda: False, is_cuda=lambda: False)
+    monkeypatch.setattr(platforms, "current_platform", tpu)
+    with pytest.raises(ValueError, match="but the platform is 'tpu': it is accepted on CUDA and"):
+        checks.resolve_backend(CapacityConfig(mode="drop"), config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("vllm.__version__", "0.31.0"), "needs vLLM 0.32 and 0.33, but vLLM 0.31.0 is installed"),
+        (("vllm.envs.VLLM_MOE_SKIP_PADDING", False), "VLLM_MOE_SKIP_PADDING=0 hides"),
+        (("vllm_capmoe.integration.checks.UNSERVED_MODELS", {"MixtralForCausalLM": "is"}), "is:"),
+    ],
+)
+def test_a_worker_checks_for_itself(example_model, monkeypatch, change, message):
+    """It may run on another node than the front end did."""
+    held = SimpleNamespace(vllm_config=engine_config(example_model))
+    monkeypatch.setattr(*change, raising=False)
+    with pytest.raises((ValueError, compat.IncompatibleVLLMError), match=message):
+        worker.activate(held, CapacityConfig(mode="drop"))
 
 
 CHANGED = """

@@ -1,16 +1,22 @@
 """`CapacityRouter` around vLLM's own routers, on tensors, without an engine."""
 
+import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from routers import MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
+from routers import BIAS, MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 
-from vllm_capmoe import CapacityConfig
+from vllm_capmoe import CapacityConfig, route
+from vllm_capmoe.integration import custom_ops
 from vllm_capmoe.integration import router as router_module
+from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.plan import resolve
 from vllm_capmoe.reference import route_torch
@@ -129,19 +135,151 @@ def test_a_drafts_layer_routes_as_vllm_and_counts_nothing(asked, tokens, context
         ({"hash_indices_table": torch.zeros(3)}, "hash indices table"),
         ({"bias_vl": torch.zeros(3)}, "bias vl"),
         ({"scoring_func": "relu"}, "scores by relu"),
+        ({"bias_vl": torch.zeros(E)}, "bias vl"),
     ],
 )
 def test_routers_whose_scores_are_unknown_are_refused(asked, named):
-    def original(**kwargs: Any) -> CPURouter:
-        return CPURouter(top_k=K, global_num_experts=E)
+    with pytest.raises(ValueError, match=f"--moe-capacity-mode is 'drop'.*CPURouter.*{named}"):
+        factory(lambda **_: CPURouter(top_k=K, global_num_experts=E), **asked)
+
+
+def factory(original: Any, **asked: Any) -> Any:
+    """What the wrapped factory of routers makes around the router that `original` makes."""
 
     class VllmConfig:
         additional_config = {"moe_capacity": {"mode": "drop"}}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.config.get_current_vllm_config", lambda: VllmConfig)
-        with pytest.raises(ValueError, match=f"--moe-capacity-mode is 'drop'.*CPURouter.*{named}"):
-            router_module._make_router(original)(top_k=K, global_num_experts=E, **asked)
+        made = router_module._make_router(original)
+        return made(**{"top_k": K, "global_num_experts": E, **asked})
+
+
+def test_a_router_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="route with object"):
+        factory(lambda **_: object())
+
+
+def test_capacity_counts_the_models_experts_not_their_replicas():
+    def original(**_: Any) -> CPURouter:
+        return CPURouter(top_k=K, global_num_experts=E + 4)
+
+    made = factory(original, global_num_experts=E + 4, num_logical_experts=E)
+    assert made.num_logical_experts == E
+    assert factory(original).num_logical_experts == E  # without replicas vLLM may not say it
+
+
+def test_which_routers_choose_the_highest_scores_and_which_scale():
+    """vLLM's plain router doesn't apply the routed factor; those with groups or biases do."""
+    cpu, plain = CPURouter(top_k=K, global_num_experts=E), FusedTopKRouter(K, E)
+    biased = FusedTopKBiasRouter(K, E, e_score_correction_bias=BIAS)
+    factor = {"routed_scaling_factor": 2.5}
+    for inner, asked, is_plain, scale in (
+        (plain, {}, True, 1.0),
+        (plain, factor, True, 1.0),
+        (cpu, factor, True, 1.0),
+        (cpu, {**factor, "use_grouped_topk": True}, False, 2.5),
+        (cpu, {**factor, "e_score_correction_bias": BIAS}, False, 2.5),
+        (biased, {**factor, "e_score_correction_bias": BIAS}, False, 2.5),
+    ):
+        made = factory(lambda inner=inner, **_: inner, **asked)
+        assert (made.plain, made.scale) == (is_plain, scale), (inner, asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("sigmoid", lambda x: 1 / (1 + math.exp(-x))),
+        ("sqrtsoftplus", lambda x: math.sqrt(math.log(1 + math.exp(x)))),
+    ],
+)
+def test_scores_of_single_experts(name, score):
+    logits = [-3.0, -0.5, 0.0, 1.0, 4.0]
+    expected = torch.tensor([[score(x) for x in logits]])
+    torch.testing.assert_close(router_module.SCORING[name](torch.tensor([logits])), expected)
+
+
+def test_scores_are_float32_whatever_the_logits_are(tokens, context):
+    """Two logits that differ in bfloat16 have scores that don't."""
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.5)
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(4)).bfloat16()
+    topk_ids = logits.float().topk(K).indices
+    ours = made.route(logits, topk_ids)
+    exact = made.route(logits.float(), topk_ids)
+    assert torch.equal(ours[0], exact[0]) and torch.equal(ours[1], exact[1])
+
+
+def test_the_metric_random_follows_the_layers_seed(tokens, context):
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.5, min_capacity=1, metric="random")
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(5))
+    topk_ids = logits.topk(K).indices
+    found = []
+    for made.seed in (7, 8, 7):
+        _, experts = made.route(logits, topk_ids)
+        config = CapacityConfig(mode="drop", factor=0.5, min_capacity=1, metric="random")
+        theirs = route(
+            torch.softmax(logits, -1), K, config, topk_ids=topk_ids, seed=made.seed, backend="torch"
+        )
+        assert torch.equal(experts, theirs.experts)
+        found.append(experts.tolist())
+    assert found[0] == found[2] != found[1]
+
+
+def test_steps_of_dummy_rows_count_in_nothing(tokens, context):
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.5)
+    context.is_padding[:] = True
+    made.route(torch.zeros(T, E), torch.zeros(T, E).topk(K).indices)
+    assert made.stats.counts.sum() == 0
+
+
+def bound_to_vllms_kernels(tokens: StepTokens, phantom: int | None) -> CapacityRouter:
+    made = make(MIXTRAL, tokens, mode="drop", factor=0.25, min_capacity=1)
+    made.bind(
+        made.layer_name,
+        made.plan,
+        made.stats,
+        tokens,
+        seed=0,
+        expert_device_E=None,
+        own_device=None,
+        backend="vllm",
+        phantom=phantom,
+    )
+    return made
+
+
+def test_dropped_assignments_go_to_the_phantom_where_there_is_one(tokens, context):
+    custom_ops.register()
+    made = bound_to_vllms_kernels(tokens, phantom=E)
+    context.no_compile_layers["layer"] = SimpleNamespace(router=made)
+    context.is_padding[30:] = True
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(6))
+    _, experts = made.select_experts(hidden_states=logits, router_logits=logits)
+    assert int((experts == E).sum()) == T * K - sum(made.stats.counters()["load_after"])
+    assert (experts[30:] == E).all() and (experts[:30] == E).any() and (experts >= 0).all()
+
+
+def test_without_a_phantom_all_places_have_experts_padding_too(tokens, context):
+    """vLLM's kernels on the CPU read them all."""
+    made = bound_to_vllms_kernels(tokens, phantom=None)
+    context.is_padding[30:] = True
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(6))
+    weights, experts = made.route(logits, logits.topk(K).indices)
+    assert (experts >= 0).all() and all(len(set(row)) == K for row in experts.tolist())
+    assert (weights[30:] == 0).all() and (weights[:30] == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, None])
+def test_what_torch_compile_is_told_has_the_shape_of_what_comes(tokens, context, dtype):
+    made = make(MIXTRAL, tokens, mode="expanded", factor=0.5, max_experts="none")
+    assert made.plan is not None and made.plan.width > K
+    context.no_compile_layers["layer"] = SimpleNamespace(router=made)
+    logits = torch.randn(T, E)
+    topk_ids = None if dtype is None else logits.topk(K).indices.to(dtype)
+    arguments = (logits, topk_ids, made.plan.width, "layer")
+    real, fake = router_module.route_op(*arguments), router_module.route_fake(*arguments)
+    for ours, told in zip(real, fake, strict=True):
+        assert (ours.shape, ours.dtype) == (told.shape, told.dtype)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from vllm_capmoe.integration.step import StepTokens
+
+
+def test_groups_are_those_of_the_step_or_where_a_graph_would_keep_them_the_most():
+    tokens = StepTokens.allocate(8, 5, torch.device("cpu"))
+    tokens.fill(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), torch.tensor([1, 2]))
+    assert tokens.num_groups == 2
+    tokens.request = SimpleNamespace(is_cuda=True)  # type: ignore[assignment]
+    assert tokens.num_groups == 5
 
 
 @pytest.mark.cpu

@@ -88,6 +88,20 @@ def test_the_device_of_an_expert_is_the_rank_that_vllm_gives_it(experts, ranks, 
         assert found[0].expert_device[:2] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("rank", "more", "first"),
+    [
+        (0, {}, 0),
+        (1, {}, 4),
+        (1, {"strategy": "round_robin"}, None),
+        (1, {"eplb": True}, None),
+    ],
+)
+def test_a_rank_takes_seats_only_of_consecutive_experts_that_stay(rank, more, first):
+    eplb = {"enable_eplb": True} if more.pop("eplb", False) else {}
+    assert placed(parallel(rank, tp=2, **eplb), **more).first_local == first
+
+
 def test_nobody_owns_tokens_under_tensor_parallel_attention():
     assert placed(parallel(1, tp=2)).own_device is None
 

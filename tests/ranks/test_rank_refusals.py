@@ -79,7 +79,9 @@ def test_refused(example_model, layout, settings, message):
         ({**DP_EP, "enable_eplb": True}, {"redundant": 2}),
         ({**DP_EP, "all2all_backend": "deepep_high_throughput"}, {"mode": "drop"}),
         ({**DP_EP, "all2all_backend": "deepep_high_throughput"}, {"max_experts": 2}),
-        ({**TP_EP, "all2all_backend": "mori_high_throughput"}, {}),  # nothing goes through it
+        # Nothing goes through it.
+        ({**TP_EP, "all2all_backend": "mori_high_throughput"}, {}),
+        ({"data_parallel_size": 2, "all2all_backend": "mori_high_throughput"}, {}),
     ],
 )
 def test_served(example_model, layout, settings):

@@ -8,6 +8,7 @@ experts         our experts as a vLLM kernel           stats     counters on the
 layers          binds the loaded model's layers        metrics   Prometheus series, log
 isolation       what scope `request` refuses           compile_cache    vLLM's keys of graphs
 kernels         what vLLM's own kernels do with dropped assignments
+proof           every process has the same plugin and settings, or none serves
 compat          supported versions, and how vLLM is patched
 """
 
@@ -23,9 +24,9 @@ def register() -> None:
 
     On a vLLM that lacks what this hangs on, nothing is patched but the refusal of a mode.
     """
-    from vllm_capmoe.integration import compat, engine_args, worker
+    from vllm_capmoe.integration import compat, engine_args, proof, worker
 
     try:
-        compat.apply(engine_args.patches, worker.patches)
+        compat.apply(engine_args.patches, worker.patches, proof.core_patches)
     except compat.IncompatibleVLLMError as error:
         engine_args.refuse_modes(error)

@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+PLUGIN = "capmoe"  # the name of our entry point
+
+
 def check_environment(config: CapacityConfig) -> None:
     """Refuse environment variables that contradict the configuration."""
     import vllm.envs as envs
 
+    if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:
+        raise ValueError(
+            f"--moe-capacity-mode is {config.mode!r}, but VLLM_PLUGINS is "
+            f"{','.join(envs.VLLM_PLUGINS)!r}, which keeps this plugin out of vLLM's processes: a "
+            f"list that names {PLUGIN!r}, or none, is accepted."
+        )
     if envs.VLLM_BATCH_INVARIANT and config.decode_keep != "off" and not config.observe:
         raise ValueError(
             f"--moe-capacity-decode-keep is {config.decode_keep!r}, under which a token's experts "

@@ -9,7 +9,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration import checks, compat
+from vllm_capmoe.integration import checks, compat, proof
 from vllm_capmoe.integration.compat import Function, Patch
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     every layer, `moe_capacity_totals()` their sums; `moe_capacity_record(on, rows)` starts or stops
     keeping every step's routing; `moe_capacity_records()` returns what was kept;
     `moe_capacity_try(trials, ep_size)` tries settings on every step, `moe_capacity_tried()` returns
-    what they would do.
+    what they would do; `moe_capacity_proof()` is asked before the first request, see `proof`.
     """
     compat.check_version()
     checks.check_environment(config)
@@ -78,7 +78,11 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         experts.open_weights_for(worker, layers.moe_layers(vllm_config))
         return result
 
+    def moe_capacity_proof() -> proof.Proof:
+        return proof.proof(config, len(layers.moe_layers(vllm_config)))
+
     worker.load_model = load_model_and_bind
+    worker.moe_capacity_proof = moe_capacity_proof
     for method in (
         layers.moe_capacity_counters,
         layers.moe_capacity_totals,
