@@ -283,7 +283,10 @@ def gate_up_kernel(
             if GATED:
                 ptrs_N += 1 if INTERLEAVED else I
                 up += tl.load(ptrs_N, mask=ok_out_N, other=0.0).to(tl.float32)[None, :]
-        y = activate_pair(gate, up, ACT, ALPHA, BETA, LIMIT) if GATED else activate_one(gate, ACT)
+        if GATED:
+            y = activate_pair(gate, up, ACT, ALPHA, BETA, LIMIT, INTERPRETED)
+        else:
+            y = activate_one(gate, ACT, INTERPRETED)
 
         out_ptrs = out_ptr + seats_M.to(tl.int64)[:, None] * I + cols_N[None, :]
         mask = ok_M[:, None]

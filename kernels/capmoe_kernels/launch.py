@@ -258,10 +258,13 @@ def num_tiles_bound(
 def shared_bytes(config: GemmConfig, itemsize: int) -> int:
     """Shared memory that the pipeline of one program holds, bytes: all its stages of tiles.
 
-    A little more than Triton allocates for the loop, where the first stage may be shared.
+    A little more than Triton allocates for the loop, where the first stage may be shared. With
+    `flatten` another tile of weights is on its way while the last one's epilogue runs.
     """
-    tile = (config.block_m + config.block_n) * config.block_k * itemsize
-    return max(1, config.num_stages) * tile + 1024  # barriers and reductions
+    weights = config.block_n * config.block_k * itemsize
+    tile = config.block_m * config.block_k * itemsize + weights
+    held = max(1, config.num_stages) * tile + config.flatten * weights
+    return held + 1024  # barriers and reductions
 
 
 def fit(config: GemmConfig, chip: Chip, itemsize: int) -> GemmConfig:
@@ -276,8 +279,10 @@ def fit(config: GemmConfig, chip: Chip, itemsize: int) -> GemmConfig:
     return replace(config, programs_per_sm=max(1, min(config.programs_per_sm, resident)))
 
 
-# Tiles by rows per expert: (most rows, gate/up, down). What follows is derived from the compiled
-# kernels (registers, shared memory) and the chip's data sheet, not tuned: see kernels/README.md.
+# Tiles by rows per expert: (most rows, gate/up, down). GROUP_M is 8 everywhere: where an expert
+# has a second m-tile, it runs beside the first, and the weights are read from L2, not again. The
+# rest is derived from the compiled kernels (registers, shared memory) and the chip's data sheet,
+# not tuned: see kernels/README.md.
 _Table = tuple[tuple[int | None, GemmConfig, GemmConfig], ...]
 _HALF = GemmConfig(64, 128, 64, 8, 4, 4, programs_per_sm=2)
 _TWIN = GemmConfig(128, 128, 64, 8, 8, 3, programs_per_sm=2)
@@ -286,13 +291,13 @@ _FULL = GemmConfig(128, 256, 64, 8, 8, 4)
 _BULK: _Table = (
     (
         16,
-        GemmConfig(16, 128, 128, 1, 4, 3, programs_per_sm=2, swap_ab=True),
-        GemmConfig(16, 64, 128, 1, 4, 5, programs_per_sm=2, swap_ab=True),
+        GemmConfig(16, 128, 128, 8, 4, 3, programs_per_sm=2, swap_ab=True),
+        GemmConfig(16, 64, 128, 8, 4, 5, programs_per_sm=2, swap_ab=True),
     ),
     (
         32,
-        GemmConfig(32, 128, 64, 1, 4, 5, programs_per_sm=2, swap_ab=True),
-        GemmConfig(32, 64, 128, 1, 4, 4, programs_per_sm=2, swap_ab=True),
+        GemmConfig(32, 128, 64, 8, 4, 5, programs_per_sm=2, swap_ab=True),
+        GemmConfig(32, 64, 128, 8, 4, 4, programs_per_sm=2, swap_ab=True),
     ),
     (64, _HALF, _HALF),
     (128, _TWIN, _TWIN),
@@ -307,13 +312,13 @@ def _both(most: int | None, config: GemmConfig) -> tuple[int | None, GemmConfig,
 
 # By pointers: Ampere, Ada, and rows that are no multiple of 16 bytes.
 _POINTERS: _Table = (
-    _both(16, GemmConfig(16, 64, 128, 1, 4, 3, programs_per_sm=2)),
-    _both(32, GemmConfig(32, 64, 128, 1, 4, 3, programs_per_sm=2)),
+    _both(16, GemmConfig(16, 64, 128, 8, 4, 3, programs_per_sm=2)),
+    _both(32, GemmConfig(32, 64, 128, 8, 4, 3, programs_per_sm=2)),
     _both(64, GemmConfig(64, 128, 64, 8, 4, 3, programs_per_sm=2)),
     _both(None, GemmConfig(128, 128, 64, 8, 8, 4)),
 )
 _OTHER: _Table = (
-    _both(16, GemmConfig(16, 64, 64, 1, 4, 2, programs_per_sm=2)),
+    _both(16, GemmConfig(16, 64, 64, 8, 4, 2, programs_per_sm=2)),
     _both(None, GemmConfig(64, 64, 32, 8, 4, 2, programs_per_sm=2)),
 )
 # float32 without tensor cores, as torch multiplies it by default: operands in registers, so small
@@ -321,12 +326,19 @@ _OTHER: _Table = (
 # 1024 cycles or more, longer than a load should (not measured). A third has ptxas spill on sm_80
 # (Triton 3.7 and 3.8).
 _FLOAT32: _Table = (
-    _both(16, GemmConfig(16, 64, 32, 1, 4, 3, programs_per_sm=2)),
+    _both(16, GemmConfig(16, 64, 32, 8, 4, 3, programs_per_sm=2)),
     _both(None, GemmConfig(64, 64, 32, 8, 8, 2)),
 )
 # A sum over fewer columns than this takes about as long as a tile's start and end: two programs
 # per multiprocessor then hide each other's.
 _SHORT_SUM = 1024
+# From so many columns on the large tile takes the next tile's first loads before its own epilogue
+# (`flatten`). It has one program per multiprocessor, so nothing else would hide the epilogue. On
+# Hopper: what Blackwell's tensor memory makes of it is not known.
+_LONG_SUM = 4096
+# Loads of an even router scatter: a tile for the mean alone would leave half of the experts with a
+# second one that is nearly empty. Up to 128 rows the tile is for _SCATTER halves of the mean.
+_SCATTER = 3
 # Parts of a split sum are float32 rows of their own, so they are for few assignments: at most
 # MAX_SPLIT parts, and MAX_SPLIT_ROWS rows in all parts together. They bound the workspace.
 MAX_SPLIT = 8
@@ -357,12 +369,18 @@ def default_config(
     if max_rows is not None:
         rows = min(rows, max_rows)
 
+    largest = max(rows, min(ceil_div(rows * _SCATTER, 2), 128))
+    if max_rows is not None:
+        largest = min(largest, max_rows)
     aligned = hidden * itemsize % 16 == 0 and intermediate * itemsize % 16 == 0
-    gate_up, down = _by_rows(rows, chip, itemsize, aligned)
+    gate_up, down = _by_rows(largest, chip, itemsize, aligned)
     if gate_up == _FULL and hidden <= _SHORT_SUM:
         gate_up = _TWIN
     if down == _FULL and intermediate <= _SHORT_SUM:
         down = _TWIN
+    if chip.capability == (9, 0):
+        gate_up = replace(gate_up, flatten=gate_up == _FULL and hidden >= _LONG_SUM)
+        down = replace(down, flatten=down == _FULL and intermediate >= _LONG_SUM)
     gate_up = fit(gate_up, chip, itemsize)
     down = fit(down, chip, itemsize)
 
@@ -383,7 +401,7 @@ def default_config(
 
 
 def _by_rows(rows: int, chip: Chip, itemsize: int, aligned: bool) -> tuple[GemmConfig, GemmConfig]:
-    """The tiles for a mean of `rows` per expert."""
+    """The tiles for up to about `rows` per expert."""
     if chip.capability is None:
         table = _OTHER
     elif itemsize > 2:

@@ -284,3 +284,22 @@ def test_table_is_continued_and_kept_apart(common: ModuleType, tmp_path: Path) -
         common.Table(path, ("a", "b"), ("a",), ["# date 2026-01-02", "# device B"])
     with pytest.raises(SystemExit, match="other columns"):
         common.Table(path, ("a", "c"), ("a",), head)
+
+
+def test_estimate_of_weight_traffic(repo_root: Path, common: ModuleType) -> None:
+    """The weights of few tokens are read once, not so with GROUP_M = 1 and tiles for the mean."""
+    script = load(repo_root / "benchmarks" / "estimate_experts.py")
+    mixtral, chip = common.SHAPES["mixtral-8x7b"], script.Chip((9, 0), 132)
+    args = SimpleNamespace(tflops=700, gbps=3000, l2=50, draws=3, tail=None)
+    for tokens in (64, 128):
+        sizes = (mixtral.top_k, mixtral.experts, mixtral.hidden, mixtral.intermediate)
+        now = script.default_config(tokens, *sizes, chip=chip)
+        earlier = script.before(now, mixtral, tokens)
+        traffic = [script.layer(mixtral, tokens, c, args, chip)["traffic"] for c in (now, earlier)]
+        assert traffic[0] <= 1.05 and traffic[1] > 1.15, traffic
+    # Loads 3 and 20 in tiles of 16 rows: three of them, times four tiles of columns.
+    tile = script.GemmConfig(16, 16, 16, programs_per_sm=1)
+    product = script.Product((3, 20, 0), 64, 32, tile)
+    found = script.estimate(product, script.Chip((9, 0), 4), (1e12, 1e9), 1e6)
+    assert found["padding"] == 48 / 23 and found["waves"] == 1.0 and found["traffic"] == 1.0
+    assert script.estimate(product, script.Chip((9, 0), 5), (1e12, 1e9), 1e6)["waves"] == 15 / 12

@@ -115,6 +115,8 @@ def facts(compiled: Any, name: str) -> dict[str, Any]:
         "tcgen05": ptx.count("tcgen05.mma"),
         "mma": ptx.count("mma.sync"),
         "tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "full_divisions": ptx.count("div.full") + ptx.count("div.rn"),
+        "additions_of_zero": len(re.findall(r"add\S*\.f32\s[^;]*\b0f0{8}\b", ptx)),
         "pdl": "griddepcontrol.wait" in ptx,
         "async_copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
     }

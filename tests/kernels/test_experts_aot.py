@@ -32,8 +32,8 @@ MIXTRAL = {"width": 2, "experts": 8, "hidden": 4096, "intermediate": 14336}
 QWEN = {"width": 8, "experts": 128, "hidden": 2048, "intermediate": 768}
 GPT_OSS = {"width": 4, "experts": 32, "hidden": 2880, "intermediate": 2880}
 BIASED = {"activation": "swigluoai", "bias": True}
-# Tokens so that each row of launch.py's tables is met: 1, 30, 60, 120 and 2048 rows per expert.
-MIXTRAL_TOKENS = (1, 120, 240, 480, 8192)
+# Tokens so that each row of launch.py's tables is met: 1, 20, 40, 120 and 2048 rows per expert.
+MIXTRAL_TOKENS = (1, 80, 160, 480, 8192)
 
 
 def _case(capability: tuple[int, int], tokens: int, shape: dict[str, int], **more: Any) -> Any:
@@ -146,6 +146,25 @@ def test_gate_and_up_share_one_instruction(shape: dict[str, int], compiled: dict
     case = _case((9, 0), 8192, shape).values[0]
     gate_up = compiled[json.dumps(case)]["kernels"][0]
     assert gate_up["wgmma"] == ["m64n256k16"]
+
+
+def test_epilogue_of_swiglu_is_short(compiled: dict[str, Any]) -> None:
+    """No division with range checks, no addition of a beta of zero; registers are left over.
+
+    Half of the instructions between two tiles' loops were these; 255 registers, all there are.
+    """
+    for shape in (MIXTRAL, QWEN):
+        gate_up = compiled[json.dumps(_case((9, 0), 8192, shape).values[0])]["kernels"][0]
+        assert gate_up["full_divisions"] == gate_up["additions_of_zero"] == 0
+    ai = compiled[json.dumps(_case((9, 0), 4, GPT_OSS, **BIASED).values[0])]["kernels"][0]
+    assert ai["full_divisions"] == 0
+
+
+def test_flatten_loads_ahead_of_the_epilogue(compiled: dict[str, Any]) -> None:
+    """One more tile of weights is in shared memory than the loop's stages hold."""
+    case = _case((9, 0), 8192, MIXTRAL).values[0]
+    for kernel in compiled[json.dumps(case)]["kernels"][:2]:
+        assert kernel["shared"] > 4 * (128 + 256) * 64 * 2 + 1024
 
 
 @pytest.mark.parametrize("case", SEATS, ids=lambda case: "-".join(map(str, case.values())))

@@ -68,13 +68,42 @@ def test_heuristics_follow_the_rows_of_an_expert() -> None:
     def block_m(tokens: int, **options: int) -> int:
         return default_config(tokens, 2, 8, 4096, 14336, chip=H100, **options).gate_up.block_m
 
-    assert [block_m(t) for t in (1, 64, 128, 256, 260, 8192)] == [16, 16, 32, 64, 128, 128]
+    # Half as many rows again as the mean, since loads scatter.
+    assert [block_m(t) for t in (1, 40, 64, 128, 256, 8192)] == [16, 16, 32, 64, 128, 128]
     assert block_m(8192, max_rows=64) == 64  # a capacity bounds the rows
     assert block_m(64, global_experts=64) == 16  # an eighth of the assignments come here
     # Mixtral's w2 has too few tiles for one token; the sum is cut. With many tokens it is not.
     assert default_config(1, 2, 8, 4096, 14336, chip=H100).down.split_k == 2
     assert default_config(1, 2, 1, 4096, 14336, chip=H100, global_experts=8).down.split_k == 4
     assert default_config(64, 2, 8, 4096, 14336, chip=H100).down.split_k == 1
+
+
+def test_the_second_tile_of_an_expert_runs_beside_the_first() -> None:
+    """Else its weights come from memory again, a wave later."""
+    for tokens, itemsize, chip in itertools.product(TOKENS, (2, 4), CHIPS):
+        for shape in SHAPES:
+            width, experts, hidden, intermediate = shape
+            config = default_config(
+                tokens, width, experts, hidden, intermediate, chip=chip, itemsize=itemsize
+            )
+            assert config.gate_up.group_m == config.down.group_m == 8
+
+
+def test_long_sums_overlap_a_tile_s_end_with_the_next_one_s_start() -> None:
+    """On Hopper, and only for the large tile, which has its multiprocessor to itself."""
+
+    def flattened(tokens: int, shape: tuple[int, ...], chip: Chip = H100) -> tuple[bool, bool]:
+        config = default_config(tokens, *shape, chip=chip)
+        for gemm in (config.gate_up, config.down):
+            assert shared_bytes(gemm, 2) <= chip.shared_limit
+            assert gemm.num_stages == 4 or not gemm.flatten  # no stage is given up for it
+        return config.gate_up.flatten, config.down.flatten
+
+    mixtral, fine = SHAPES[0], SHAPES[3]
+    assert flattened(8192, mixtral) == (True, True)
+    assert flattened(8192, (2, 8, 2048, 14336)) == (False, True)
+    assert flattened(8192, fine) == flattened(64, mixtral) == (False, False)
+    assert flattened(8192, mixtral, B200) == (False, False)
 
 
 def test_tile_bound_holds_and_is_reached() -> None:
