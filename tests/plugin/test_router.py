@@ -92,6 +92,40 @@ def test_padding_and_decode_come_from_the_step(tokens, context):
     assert (experts[:25] >= 0).sum() < 25 * K
 
 
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"mode": "drop", "metric": "order"},
+    {"mode": "drop", "metric": "reverse-order"},
+    {"mode": "drop", "metric": "random"},
+    {"mode": "drop", "min_tokens": T + 1},
+    {"mode": "drop", "renormalize": "always"},
+    {"mode": "drop", "renormalize": "never"},
+    {"mode": "expanded", "expanded_experts": 1},
+    {"mode": "expanded", "candidates": "global", "max_experts": "none"},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_settings_do_in_a_layer_what_they_do_in_route(asked, tokens, context, settings):
+    settings = {"factor": 0.5, "min_capacity": 1, **settings}
+    made = make(asked, tokens, **settings)
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(4))
+    _, topk_ids = made.inner._compute_routing(logits, logits, None)
+    scores = router_module.SCORING[made.scoring_func](logits)
+    expected = route(
+        scores,
+        K,
+        CapacityConfig(**settings),
+        topk_ids=topk_ids,
+        renormalize=asked["renormalize"],
+        seed=made.seed,
+        backend="torch",
+    )
+    weights, experts = made.route(logits, topk_ids)
+    assert torch.equal(experts.int(), expected.experts)
+    torch.testing.assert_close(weights, expected.weights * made.scale)
+    assert (expected.dropped > 0) == ("min_tokens" not in settings)
+
+
 @pytest.mark.parametrize("rows", [T - 1, T + 1, 2 * T])
 def test_rows_that_are_not_the_steps_are_never_routed_on_a_guess(tokens, context, rows):
     """A model that routes the rows of images apart: whose tokens they are isn't known."""
