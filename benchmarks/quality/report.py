@@ -102,17 +102,16 @@ def cost(pairs: list[tuple[dict[str, str], dict[str, str]]]) -> Cost:
 
 
 def grid(cells: dict[tuple[str, str], Setting], found: dict[str, Cost]) -> list[str]:
-    """A Markdown table of Δ nll; empty where nothing was measured, [] where that is all."""
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    columns = list(dict.fromkeys(column for _, column in cells))
+    """A Markdown table of Δ nll, without rows and columns in which nothing was measured."""
+    there = [place for place, setting in cells.items() if setting.name in found]
+    rows = list(dict.fromkeys(row for row, _ in there))
+    columns = list(dict.fromkeys(column for _, column in there))
 
     def cell(row: str, column: str) -> str:
         setting = cells.get((row, column))
         return found[setting.name].short if setting and setting.name in found else ""
 
     lines = [[cell(row, column) for column in columns] for row in rows]
-    if not any(map(any, lines)):
-        return []
     return [
         "| | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -123,13 +122,14 @@ def grid(cells: dict[tuple[str, str], Setting], found: dict[str, Cost]) -> list[
 def details(found: dict[str, Cost]) -> list[str]:
     """A Markdown table of all figures of all settings."""
     lines = [
-        "| setting | Δ nll | KL | top-1 agreement | dropped | gate mass lost | held | peak/mean |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | Δ nll | KL | top-1 agreement | dropped | gate mass lost | held | peak/mean "
+        "| tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, c in found.items():
         lines.append(
             f"| {name} | {c.short} | {c.kl:.4f} | {c.agree:.3f} | {c.dropped:.3f} | {c.lost:.3f} "
-            f"| {c.held:.3f} | {c.peak_before:.2f} → {c.peak:.2f} |"
+            f"| {c.held:.3f} | {c.peak_before:.2f} → {c.peak:.2f} | {c.tokens} |"
         )
     return lines
 
@@ -140,14 +140,17 @@ def top_k_of(model: str) -> int:
 
 def prompt_section(model: str, found: dict[str, Cost]) -> list[str]:
     """What the report says of a model's prompts."""
-    text = [f"## {model}", "", f"{found[NONE.name].tokens} predicted tokens without a limit."]
+    fewest = min(c.tokens for c in found.values())
+    text = [f"## {model}", "", f"{fewest} predicted tokens or more for each setting."]
     if AGAIN.name in found:
         again = found[AGAIN.name]
         text += [f"No limit once more: Δ nll {again.short}, KL {again.kl:.1e}: the noise."]
+    shown: set[str] = set()
     for table, cells in tables(top_k_of(model)).items():
-        lines = grid(cells, found)
-        if lines:
-            text += ["", f"### {TITLES[table]}", "", *lines]
+        measured = {setting.name for setting in cells.values()} & set(found)
+        if measured - shown:  # else it would only repeat what stands above
+            text += ["", f"### {TITLES[table]}", "", *grid(cells, found)]
+        shown |= measured
     return [*text, "", "### Everything", "", *details(found), ""]
 
 

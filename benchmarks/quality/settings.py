@@ -121,12 +121,12 @@ def tables(top_k: int) -> dict[str, dict[tuple[str, str], Setting]]:
     }
 
 
-REQUESTS = (2, 4, 8, 16, 32)
+REQUESTS = (16, 4, 8, 32, 2)  # the most telling first
 
 
 def decode_settings(top_k: int) -> dict[str, Setting]:
     """k0 -> setting, without a limit for prompts; the first one keeps all experts."""
-    named = [*(k0 for k0 in (2, 3, 4, 5, 6) if k0 < top_k), "auto"]
+    named = [*(k0 for k0 in (2, 3, 4, 6) if k0 < top_k), "auto"]
     kept = {str(k0): Setting.of("drop", float("inf"), decode_keep=k0) for k0 in named}
     return {"all": NONE, **{k0: setting for k0, setting in kept.items() if setting.known}}
 
