@@ -265,7 +265,7 @@ or inf.
             "busiest",
             "capacity",
             help="How far Expanded Drop fills an expert: never above the largest load that there "
-            "was before, or up to the capacity; auto is capacity",
+            "was before, or up to the capacity; auto is busiest",
         ),
     )
     max_experts: int | str = field(

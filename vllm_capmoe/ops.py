@@ -128,10 +128,10 @@ def route(
           its l best experts outside of its top-k, anywhere or on its own device, whose bins have
           free seats; ties go to the lower expert. A bin gives its free seats to the best of these
           bids, in the same order. So nobody loses a seat, and no token holds more than k.
-        - fill busiest, in Expanded Drop, and always in reroute (where it only matters for devices
-          of different sizes): where a limit is in effect, C is at most the largest load that a
-          bin of the group has before it, decode tokens included. So no bin waits for longer than
-          the busiest did without a limit. "auto" is capacity: C as it is.
+        - fill "busiest", which "auto" is, in Expanded Drop, and always in reroute (where it only
+          matters for devices of different sizes): where a limit is in effect, C is at most the
+          largest load that a bin of the group has before it, decode tokens included. So nobody
+          waits for longer than without a limit. "capacity": C as it is.
         - Metrics: score, highest first; order, lowest token index first; reverse-order, highest
           first; random, highest draw first, where draw = fmix32(fmix32(fmix32(seed) + index) +
           expert) modulo 2**32 and fmix32 is murmur3's finaliser.

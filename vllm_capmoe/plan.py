@@ -77,7 +77,7 @@ def resolve(
     renormalize: the model's own rule, which `auto` follows.
 
     Defaults: m is all experts of the token's device for local candidates and k for global ones;
-    max_experts is none under expert parallelism and k without it; fill is capacity. m is cut to
+    max_experts is none under expert parallelism and k without it; fill is busiest. m is cut to
     what there can be: the E - k experts outside of the top-k, and the experts of the largest
     device. Reroute has m = k, max_experts k and fill busiest, whatever these are set to.
 
@@ -118,7 +118,7 @@ def resolve(
         elif config.mode == "expanded" and (local or config.expanded_experts == "all"):
             wanted = num_experts
         extra = min(wanted, num_experts - top_k, max(sizes) if local else num_experts)
-        busiest = config.mode == "reroute" or config.fill == "busiest"
+        busiest = config.mode == "reroute" or config.fill != "capacity"
         if config.mode == "reroute":
             max_experts = top_k
         elif isinstance(config.max_experts, int):

@@ -221,9 +221,10 @@ def reroute(
     """
     lost_T = _known(_and(~held_TK, asked_T1)).sum(1)
     free_B1 = seats_B1 - bins.load(topk_TK, held_TK)
-    T, E = bins.keys_TE.shape
-    experts_TE = torch.arange(E, device=topk_TK.device).expand(T, E)
-    open_TE = _known(_and(free_B1[bins.of(experts_TE, asked_T1)] > 0, local_TE))
+    experts_1E = torch.arange(bins.keys_TE.shape[1], device=topk_TK.device)[None]
+    # In one group all rows see the same bins, those of padding too, which lost nothing.
+    bin_TE = bins.of(experts_1E, None if bins.group_T is None else asked_T1)
+    open_TE = _known(_and(free_B1[bin_TE] > 0, local_TE))
     extra_TM, exists_TM = extra_candidates(bins.keys_TE, topk_TK, bins.plan.extra, open_TE)
     place_M = torch.arange(bins.plan.extra, device=topk_TK.device)
     bids_TM = _known(_and(place_M < lost_T[:, None], exists_TM))

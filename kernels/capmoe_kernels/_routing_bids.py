@@ -65,3 +65,30 @@ def bid_of(key, tag, token, expert, index, T, start, E: tl.constexpr, METRIC: tl
     else:
         bid = (head.to(tl.int64) << 62) | (rank << 30) | last
     return bid ^ NOBODY_WINS
+
+
+@triton.jit
+def wins_seat(
+    asked, expert, is_topk, score, tag, t, index,
+    device_ptr, last_bid_ptr, given_bid_ptr, T, start,
+    E: tl.constexpr, B: tl.constexpr, METRIC: tl.constexpr,
+):  # fmt: skip
+    """Whether candidates, of those that ask, win a seat: their bid is at most the bin's last one.
+
+    device_ptr: int [E] at level device, else None. last_bid_ptr: int64 [G, B]. given_bid_ptr: the
+    same for those outside of the top-k, None where there is one for all. tag, t and index have the
+    shape of the others, or broadcast to it.
+    """
+    bin_ = expert
+    if device_ptr is not None:
+        bin_ = tl.load(device_ptr + expert, mask=asked, other=-1).to(tl.int32)
+        asked = asked & (bin_ >= 0) & (bin_ < B)
+    at = tl.where(tag >= 0, tag >> 2, 0) * B + bin_
+    if given_bid_ptr is None:
+        last_bid = tl.load(last_bid_ptr + at, mask=asked, other=NOBODY_WINS)
+    else:
+        last_bid = tl.load(last_bid_ptr + at, mask=asked & is_topk, other=NOBODY_WINS)
+        given_bid = tl.load(given_bid_ptr + at, mask=asked & ~is_topk, other=NOBODY_WINS)
+        last_bid = tl.where(is_topk, last_bid, given_bid)
+    bid = bid_of(key_of_score(score), tag, t, expert, index, T, start, E, METRIC)
+    return asked & (bid <= last_bid)

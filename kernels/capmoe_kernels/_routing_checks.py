@@ -86,11 +86,6 @@ def check_plan(plan: PlanLike, T: int, groups: int) -> None:
             f"plan.top_k is {plan.top_k} and plan.extra {plan.extra}, but together they must be "
             f"from 1 to {E}, the experts."
         )
-    if plan.mode == "reroute" or plan.busiest:
-        raise ValueError(
-            f"plan.mode is {plan.mode!r} with busiest={plan.busiest}, but the routing kernels take "
-            "off, drop, and expanded with fill (--moe-capacity-fill) capacity."
-        )
     if plan.metric not in _METRICS:
         raise ValueError(
             f"plan.metric is {plan.metric!r}, but it must be one of {', '.join(_METRICS)}."

@@ -7,6 +7,8 @@ X limits per group (1, or one per device), EP, LP, WP the powers of two at or ab
     choose_kernel   rows of scores -> candidates of each token, best first; what a row is (tags)
     share_kernel    decode keep: decode tokens share what the step loads (_routing_sharing.py)
     limit_kernel    per bin: the limit, and the last bid that wins a seat (_routing_limits.py)
+    reroute_kernel  of tokens that lost bids: new ones, where seats are free (_routing_reroute.py)
+    give_kernel     per bin: the last of these that wins a free seat (_routing_reroute.py)
     pack_kernel     per row: who holds what, weights; loads, loads of each block of rows
     seats_kernel    the held assignments, expert by expert and by token within an expert; counters
 
@@ -28,10 +30,11 @@ from capmoe_kernels._routing_bids import (
     NOBODY_WINS,
     NONE,
     TOPK,
-    bid_of,
     key_of_score,
     score_of_key,
+    wins_seat,
 )
+from capmoe_kernels._routing_limits import add_loads
 
 # --- Rows of the input ----------------------------------------------------------------------
 
@@ -134,6 +137,9 @@ def choose_kernel(
     keep_ptr,  # int32 [KEEPS]: k0 by the number of decode tokens; None without decode keep
     loaded_ptr,  # int32 [E + 1], zeros, as keep_ptr: written 1 where an expert is loaded; then k0
     decode_keys_ptr,  # int32 [T, E], as keep_ptr: the score keys of decode tokens
+    rest_ptr,  # int32 [E, T] for reroute: keys of what a prompt token may be given, else NONE; None
+    bin_device_ptr,  # int [E] at level device, None at level expert; for the next one
+    bin_loads_ptr,  # int32 [G, B], zeros: the top-k assignments of each bin; None if nobody asks
     T,
     G,
     E: tl.constexpr,
@@ -141,6 +147,7 @@ def choose_kernel(
     K: tl.constexpr,
     M: tl.constexpr,
     KEEPS: tl.constexpr,
+    B: tl.constexpr,
     TEXT_LAST: tl.constexpr,
     SCORING: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -188,14 +195,23 @@ def choose_kernel(
     count = tl.sum(topk_bits, 0) // TOPK
     tl.atomic_add(load_before_ptr + columns, count, mask=count > 0, sem="relaxed")
 
+    if bin_loads_ptr is not None:
+        counted = is_topk
+        if keep_ptr is not None:  # share_kernel counts what decode tokens hold
+            counted = is_topk & ((tag & 1) == 0)[:, None]
+        add_loads(counted, tag, columns, bin_device_ptr, bin_loads_ptr, E, B)
+
     is_candidate = is_topk
-    if M > 0:
+    if M > 0 or rest_ptr is not None:
         prompt = real & ((tag & 1) == 0)
         pool = tl.where(prompt[:, None], rest, NONE)
         if token_device_ptr is not None:
             device = tl.load(device_ptr + columns, mask=columns < E, other=-1)
             token_device = tl.load(token_device_ptr + t, mask=real, other=-2)
             pool = tl.where(device[None, :] == token_device[:, None], pool, NONE)
+        if rest_ptr is not None:
+            mask = (t < T)[:, None] & (columns < E)[None, :]
+            tl.store(rest_ptr + columns[None, :] * T + t[:, None], pool, mask=mask)
         left = pool
         for j in range(M):
             best, expert = tl.max(left, 1, return_indices=True)
@@ -258,6 +274,19 @@ def choose_kernel(
 # --- Rows of the result ---------------------------------------------------------------------
 
 
+@triton.jit
+def places_by_score(held, score, expert, W: tl.constexpr):
+    """int32: the place of each held candidate in its row, the best first; W for the others."""
+    order = (key_of_score(score).to(tl.int64) << 16) - expert
+    left = tl.where(held, order, NOBODY_WINS)
+    place = tl.full(held.shape, W, tl.int32)
+    for w in range(W):
+        here = (left == tl.max(left, 1)[:, None]) & (left != NOBODY_WINS)
+        place = tl.where(here, w, place)
+        left = tl.where(here, NOBODY_WINS, left)
+    return place
+
+
 @triton.jit(do_not_specialize=["T", "G", "start"])
 def pack_kernel(
     tags_ptr,  # int32 [T]
@@ -266,6 +295,7 @@ def pack_kernel(
     device_ptr,  # int [E] at level device, None at level expert
     limits_ptr,  # int32 [G, X]; written where not LIMITED
     last_bid_ptr,  # int64 [G, B], for LIMITED
+    given_bid_ptr,  # int64 [G, B], for what reroute gives; or None
     index_ptr,  # int32 [T], for metric random
     experts_ptr,  # int32 [T, W], written
     weights_ptr,  # float32 [T, W], written
@@ -286,10 +316,14 @@ def pack_kernel(
     METRIC: tl.constexpr,
     LIMITED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    SORT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The rows of the result, ROWS tokens per program: held candidates move to the left."""
+    """The rows of the result, ROWS tokens per program: held candidates move to the left.
+
+    Candidates stand by score, but for SORT: then what is held is put in order.
+    """
     block = tl.program_id(0)
     j = tl.arange(0, LP)
     places = tl.arange(0, WP)
@@ -312,23 +346,18 @@ def pack_kernel(
             group = tl.where(tag >= 0, tag >> 2, 0)
             limit = tl.load(limits_ptr + group * X, mask=tag >= 0, other=NO_LIMIT)
             competes = (limit != NO_LIMIT) & ((tag & 1) == 0)
-            asked = exists & competes[:, None]
-            bin_ = expert
-            if device_ptr is not None:
-                bin_ = tl.load(device_ptr + expert, mask=asked, other=-1).to(tl.int32)
-                asked = asked & (bin_ >= 0) & (bin_ < B)
-            at_bin = last_bid_ptr + group[:, None] * B + bin_
-            last_bid = tl.load(at_bin, mask=asked, other=NOBODY_WINS)
             index = t
             if index_ptr is not None:
                 index = tl.load(index_ptr + t, mask=competes, other=0)
-            bid = bid_of(
-                key_of_score(score), tag[:, None], t[:, None], expert, index[:, None], T, start,
-                E, METRIC,
+            wins = wins_seat(
+                exists & competes[:, None], expert, is_topk, score, tag[:, None], t[:, None],
+                index[:, None], device_ptr, last_bid_ptr, given_bid_ptr, T, start, E, B, METRIC,
             )  # fmt: skip
-            held = tl.where(competes[:, None], asked & (bid <= last_bid), is_topk)
+            held = tl.where(competes[:, None], wins, is_topk)
 
         place = tl.cumsum(held.to(tl.int32), 1) - 1
+        if SORT:
+            place = places_by_score(held, score, expert, W)
         held = held & (place < W)
         holds = tl.sum(held.to(tl.int32), 1)
         weight = score

@@ -18,6 +18,27 @@ from capmoe_kernels._routing_bids import (
 
 
 @triton.jit
+def add_loads(counted, tag, columns, device_ptr, loads_ptr, E: tl.constexpr, B: tl.constexpr):
+    """Count assignments [BLOCK_T, EP] of rows in int32 [G, B], by group and bin."""
+    bin_ = columns
+    inside = columns < E
+    if device_ptr is not None:
+        bin_ = tl.load(device_ptr + columns, mask=inside, other=-1).to(tl.int32)
+        inside = inside & (bin_ >= 0) & (bin_ < B)
+    group = tag >> 2
+    first = tl.min(tl.where(tag >= 0, group, NO_LIMIT), 0)
+    last = tl.max(tl.where(tag >= 0, group, -1), 0)
+    ones = tl.where(counted, 1, 0)
+    if first == last:  # all of one group, as most blocks are: one addition for each expert
+        count = tl.sum(ones, 0)
+        at = loads_ptr + first * B + bin_
+        tl.atomic_add(at, count, mask=inside & (count > 0), sem="relaxed")
+    elif first < last:
+        at = loads_ptr + group[:, None] * B + bin_[None, :]
+        tl.atomic_add(at, ones, mask=counted & inside[None, :], sem="relaxed")
+
+
+@triton.jit
 def bids_of_block(
     t, end, column, group, bin_, index_base,
     tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
@@ -47,6 +68,81 @@ def bids_of_block(
     candidates = key != NONE
     decode = candidates & ((tag & 1) != 0)
     return bid, candidates & ((tag & 1) == 0), decode, index_base
+
+
+@triton.jit
+def bidders(
+    begin, end, first_column, end_column, group, bin_,
+    tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
+    E: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many compete for the seats of a bin, and how many are seated before (decode tokens)."""
+    competing = 0
+    seated = 0
+    for column in range(first_column, end_column):
+        base = 0
+        for row in range(begin, end, BLOCK):
+            t = row + tl.arange(0, BLOCK)
+            bid, competes, decode, base = bids_of_block(
+                t, end, column, group, bin_, base,
+                tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
+                E, METRIC,
+            )  # fmt: skip
+            competing += tl.sum(competes.to(tl.int32), 0)
+            seated += tl.sum(decode.to(tl.int32), 0)
+    return competing, seated
+
+
+@triton.jit
+def last_winner(
+    seats, competing, begin, end, first_column, end_column, group, bin_,
+    tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
+    E: tl.constexpr, METRIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last bid that wins a seat of a bin: the `seats`-th lowest of those that compete."""
+    last_bid = tl.full((), ALL_WIN, tl.int64)
+    if seats <= 0:
+        last_bid = tl.full((), NOBODY_WINS, tl.int64)
+    elif competing > seats:
+        # Digit by digit from the top: `prefix` is what is known of the last bid, `known`
+        # has ones there, and `wanted` of the `within` bids with that prefix still win.
+        prefix = tl.full((), 0, tl.int64)
+        known = tl.full((), 0, tl.int64)
+        shift = tl.full((), 32, tl.int64)
+        if METRIC == "score" or METRIC == "random":
+            shift = tl.full((), 64, tl.int64)
+        if METRIC == "order" or METRIC == "reverse-order":
+            known = tl.full((), -(2**32), tl.int64)
+        wanted = seats
+        within = competing
+        digits = tl.arange(0, 256)
+        # At the last digit a prefix is one bid, so `wanted` is `within`. Whatever memory
+        # says, the loop ends there.
+        while (wanted != within) & (shift > 0):
+            shift -= 8
+            histogram = tl.zeros((256,), tl.int32)
+            for column in range(first_column, end_column):
+                base = 0
+                for row in range(begin, end, BLOCK):
+                    t = row + tl.arange(0, BLOCK)
+                    bid, competes, decode, base = bids_of_block(
+                        t, end, column, group, bin_, base,
+                        tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
+                        E, METRIC,
+                    )  # fmt: skip
+                    bid = bid ^ NOBODY_WINS
+                    competes = competes & ((bid & known) == prefix)
+                    digit = ((bid >> shift) & 255).to(tl.int32)
+                    histogram += tl.histogram(digit, 256, mask=competes)
+            up_to = tl.cumsum(histogram, 0)
+            lower = up_to < wanted
+            digit = tl.sum(lower.to(tl.int32), 0)
+            wanted -= tl.max(tl.where(lower, up_to, 0), 0)
+            within = tl.sum(tl.where(digits == digit, histogram, 0), 0)
+            prefix |= digit.to(tl.int64) << shift
+            known |= tl.full((), 255, tl.int64) << shift
+        last_bid = (prefix | ~known) ^ NOBODY_WINS
+    return last_bid
 
 
 @triton.jit
@@ -85,6 +181,8 @@ def limit_kernel(
     table_ptr,  # int32 [at least T + 1, X]: limits by the tokens of a group
     limits_ptr,  # int32 [G, X], written
     last_bid_ptr,  # int64 [G, B], written where the group has a limit
+    bin_loads_ptr,  # int32 [G, B]: no limit is above the largest of its group; None: as it is
+    free_ptr,  # int32 [G, B], written as last_bid_ptr: seats that stay free; None if nobody asks
     index_ptr,  # int32 [T], written for tokens of groups with a limit; None unless metric random
     T,
     G,
@@ -105,13 +203,13 @@ def limit_kernel(
     the rows of a request are neighbours, as they are in vLLM.
     """
     pid = tl.program_id(0)
-    # All programs together: the limits of all groups.
+    # All programs together: the groups without a limit.
     SHARE: tl.constexpr = 128
     for first in range(pid * SHARE, G * X, tl.num_programs(0) * SHARE):
         at = first + tl.arange(0, SHARE)
         mask = at < G * X
         limit = limits_of(at // X, at % X, mask, table_ptr, groups_ptr, min_tokens, G, X)
-        tl.store(limits_ptr + at, limit, mask=mask)
+        tl.store(limits_ptr + at, limit, mask=mask & (limit == NO_LIMIT))
 
     bin_ = pid % B
     group = find_group(pid // B, least, groups_ptr, G, SHARE)
@@ -119,6 +217,15 @@ def limit_kernel(
         x = bin_ if X > 1 else 0
         limit = limits_of(group, x, True, table_ptr, groups_ptr, min_tokens, G, X)
         if limit != NO_LIMIT:
+            if bin_loads_ptr is not None:
+                busiest = 0
+                for first in range(0, B, SHARE):
+                    b = first + tl.arange(0, SHARE)
+                    load = tl.load(bin_loads_ptr + group * B + b, mask=b < B, other=0)
+                    busiest = tl.maximum(busiest, tl.max(load, 0))
+                limit = tl.minimum(limit, busiest)
+            if bin_ == x:
+                tl.store(limits_ptr + group * X + x, limit)
             begin = T - tl.load(groups_ptr + group)
             end = tl.load(groups_ptr + G + group)
             first_column = bin_ if keys_ptr is not None else 0
@@ -135,60 +242,17 @@ def limit_kernel(
                     seen += tl.sum(member.to(tl.int32), 0)
 
             # Seats that decode tokens leave, and how many compete for them.
-            seats = limit
-            competing = 0
-            for column in range(first_column, end_column):
-                base = 0
-                for row in range(begin, end, BLOCK):
-                    t = row + tl.arange(0, BLOCK)
-                    bid, competes, decode, base = bids_of_block(
-                        t, end, column, group, bin_, base,
-                        tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
-                        E, METRIC,
-                    )  # fmt: skip
-                    seats -= tl.sum(decode.to(tl.int32), 0)
-                    competing += tl.sum(competes.to(tl.int32), 0)
-
-            last_bid = tl.full((), ALL_WIN, tl.int64)
-            if seats <= 0:
-                last_bid = tl.full((), NOBODY_WINS, tl.int64)
-            elif competing > seats:
-                # Digit by digit from the top: `prefix` is what is known of the last bid, `known`
-                # has ones there, and `wanted` of the `within` bids with that prefix still win.
-                prefix = tl.full((), 0, tl.int64)
-                known = tl.full((), 0, tl.int64)
-                shift = tl.full((), 32, tl.int64)
-                if METRIC == "score" or METRIC == "random":
-                    shift = tl.full((), 64, tl.int64)
-                if METRIC == "order" or METRIC == "reverse-order":
-                    known = tl.full((), -(2**32), tl.int64)
-                wanted = seats
-                within = competing
-                digits = tl.arange(0, 256)
-                # At the last digit a prefix is one bid, so `wanted` is `within`. Whatever memory
-                # says, the loop ends there.
-                while (wanted != within) & (shift > 0):
-                    shift -= 8
-                    histogram = tl.zeros((256,), tl.int32)
-                    for column in range(first_column, end_column):
-                        base = 0
-                        for row in range(begin, end, BLOCK):
-                            t = row + tl.arange(0, BLOCK)
-                            bid, competes, decode, base = bids_of_block(
-                                t, end, column, group, bin_, base,
-                                tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
-                                E, METRIC,
-                            )  # fmt: skip
-                            bid = bid ^ NOBODY_WINS
-                            competes = competes & ((bid & known) == prefix)
-                            digit = ((bid >> shift) & 255).to(tl.int32)
-                            histogram += tl.histogram(digit, 256, mask=competes)
-                    up_to = tl.cumsum(histogram, 0)
-                    lower = up_to < wanted
-                    digit = tl.sum(lower.to(tl.int32), 0)
-                    wanted -= tl.max(tl.where(lower, up_to, 0), 0)
-                    within = tl.sum(tl.where(digits == digit, histogram, 0), 0)
-                    prefix |= digit.to(tl.int64) << shift
-                    known |= tl.full((), 255, tl.int64) << shift
-                last_bid = (prefix | ~known) ^ NOBODY_WINS
+            competing, decode = bidders(
+                begin, end, first_column, end_column, group, bin_,
+                tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
+                E, METRIC, BLOCK,
+            )  # fmt: skip
+            seats = limit - decode
+            last_bid = last_winner(
+                seats, competing, begin, end, first_column, end_column, group, bin_,
+                tags_ptr, cand_ptr, cand_score_ptr, keys_ptr, device_ptr, T, start,
+                E, METRIC, BLOCK,
+            )  # fmt: skip
+            if free_ptr is not None:
+                tl.store(free_ptr + group * B + bin_, tl.maximum(seats - competing, 0))
             tl.store(last_bid_ptr + group * B + bin_, last_bid)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from capmoe_kernels._routing_bids import NONE, TOPK
 from capmoe_kernels._routing_kernels import put_candidate
+from capmoe_kernels._routing_limits import add_loads
 
 OWN = tl.constexpr(1)  # of the model's choice
 HELD = tl.constexpr(2)
@@ -23,10 +24,13 @@ def share_kernel(
     keys_ptr,  # int32 [E, T], as cand_ptr; None where it isn't needed
     decode_keys_ptr,  # int32 [T, E], read for decode tokens
     loaded_ptr,  # int32 [E + 1]: 1 where an expert is loaded; then k0
+    bin_device_ptr,  # int [E] at level device, None at level expert; for the next one
+    bin_loads_ptr,  # int32 [1, B], added to: what decode tokens hold; None if nobody asks
     T,
     E: tl.constexpr,
     EP: tl.constexpr,
     K: tl.constexpr,
+    B: tl.constexpr,
     SCORING: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -56,6 +60,9 @@ def share_kernel(
             expert = tl.where(best == NONE, own_expert, expert)
             state = tl.where(columns[None, :] == expert[:, None], HELD, state)
 
+        if bin_loads_ptr is not None:
+            held = (state == HELD) & decode[:, None]
+            add_loads(held, tag, columns, bin_device_ptr, bin_loads_ptr, E, B)
         left = tl.where(state == HELD, keys, NONE)
         if keys_ptr is not None:
             tl.store(keys_ptr + columns[None, :] * T + t[:, None], left, mask=mask)

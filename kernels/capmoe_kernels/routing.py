@@ -7,12 +7,12 @@ Letters: T tokens (rows), E experts, k per token, m extra candidates, W places p
 (W = k, or what Expanded Drop allows), G groups (1, or one per request), D devices, X = 1 or D.
 
 The method is that of arXiv 2503.05066 as `vllm_capmoe.reference.route_torch` has it, whose
-integers come out here bit for bit, in four launches and one that zeroes sums (one less where
-no limit can be in effect, one more with decode keep), the number of which depends on shapes, the
-plan and which tensors are given. Nothing is read back to the host and no size depends on a value,
-so a CUDA graph can hold a call (after one of the same sizes, which compiles the kernels and builds
-the tables). There is no sort of the assignments. `kernels/README.md` has the algorithm, its costs
-and its limits.
+integers come out here bit for bit, in four launches and one that zeroes sums (one less where no
+limit can be in effect, one more with decode keep, two more for reroute), the number of which
+depends on shapes, the plan and which tensors are given. Nothing is read back to the host and no
+size depends on a value, so a CUDA graph can hold a call (after one of the same sizes, which
+compiles the kernels and builds the tables). There is no sort of the assignments.
+`kernels/README.md` has the algorithm, its costs and its limits.
 
 Run under Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton) the same
 functions take CPU tensors.
@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from capmoe_kernels import _routing_kernels, _routing_limits, _routing_sharing
+from capmoe_kernels import _routing_kernels, _routing_limits, _routing_reroute, _routing_sharing
 from capmoe_kernels._routing_arguments import (
     flat,
     ids,
@@ -90,7 +90,7 @@ def route_triton(
     seed: int = 0,
     counters: Tensor | None = None,
 ) -> RoutedSelection:
-    """Decode keep, Token Drop and Expanded Drop for the tokens of a step, as `route_torch` does.
+    """Decode keep, then Token Drop, Expanded Drop or reroute, as `route_torch` does them.
 
     scores_TE: float [T, E], compared as float32. plan: resolved for E and k.
     topk_TK: int [T, k], the model's own choice, in [0, E) and distinct in the rows of real
@@ -236,17 +236,22 @@ def _route(
         least = max(least, plan.min_tokens)
         limited = least <= T
     sharing = bool(plan.keeps) and is_decode_T is not None
+    bins = min(G, T // max(least, 1)) * B  # of groups that may have a limit
     M = plan.extra if limited else 0
     L = K + M
+    reroutes = plan.mode == "reroute" and M > 0
+    M0 = 0 if reroutes else M  # extra candidates from the start
 
     # What is returned, and what is counted from zero: one launch.
     E4, G4 = up_to_four(E), up_to_four(G)
-    loaded_size = up_to_four(E + 1) if sharing else 0
-    sums = torch.zeros(2 + E4 + 2 * G4 + loaded_size // 2, dtype=torch.int64, device=device)
-    totals, sums_32 = sums[:2], sums.view(torch.int32)
-    load_before, load_after = sums_32[4 : 4 + E], sums_32[4 + E4 : 4 + E4 + E]
-    groups = sums_32[4 + 2 * E4 :][: 4 * G] if limited else None
-    loaded = sums_32[4 + 2 * E4 + 4 * G4 :][: E + 1] if sharing else None
+    counted = G * B if limited and plan.busiest else 0
+    sizes = [4, E4, E4, 4 * G4, up_to_four(E + 1) if sharing else 0, up_to_four(counted)]
+    sums = torch.zeros(sum(sizes) // 2, dtype=torch.int64, device=device)
+    totals, sums_32 = sums[:2], sums.view(torch.int32).split(sizes)
+    load_before, load_after = sums_32[1][:E], sums_32[2][:E]
+    groups = sums_32[3][: 4 * G] if limited else None
+    loaded = sums_32[4][: E + 1] if sharing else None
+    bin_loads = sums_32[5][:counted] if counted else None
     experts = ints(device, T, W)
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
     capacity = ints(device, G, X)
@@ -279,7 +284,9 @@ def _route(
     counts = ints(device, blocks, E)
     keys = ints(device, E, T) if limited and not at_device else None
     decode_keys = ints(device, T, E) if sharing else None
-    last_bids, index = None, None
+    rest = ints(device, E, T) if reroutes else None
+    free = ints(device, G, B) if reroutes else None
+    last_bids, given_bids, index = None, None, None
     bin_device = flat(device_E) if limited and at_device else None
     if limited:
         last_bids = torch.empty((G, B), dtype=torch.int64, device=device)
@@ -309,12 +316,16 @@ def _route(
         keep_table(plan.keeps, device) if sharing else None,
         loaded,
         decode_keys,
+        rest,
+        bin_device if counted else None,
+        bin_loads,
         T,
         G,
         E=E,
         EP=EP,
         K=K,
-        M=M,
+        M=M0,
+        B=B,
         KEEPS=len(plan.keeps),
         TEXT_LAST=plan.priority == "text-first",
         SCORING=scoring,
@@ -331,16 +342,19 @@ def _route(
             keys,
             decode_keys,
             loaded,
+            bin_device if counted else None,
+            bin_loads,
             T,
             E=E,
             EP=EP,
             K=K,
+            B=B,
             SCORING=scoring,
             BLOCK_T=config.choose_rows,
             **options(config.choose_warps),
         )
     if limited:
-        _routing_limits.limit_kernel[(min(G, T // max(least, 1)) * B,)](
+        _routing_limits.limit_kernel[(bins,)](
             tags,
             candidates,
             candidate_scores,
@@ -350,6 +364,8 @@ def _route(
             table,
             capacity,
             last_bids,
+            bin_loads,
+            free,
             index,
             T,
             G,
@@ -357,7 +373,57 @@ def _route(
             plan.min_tokens,
             least,
             E=E,
-            L=L,
+            L=K + M0,
+            B=B,
+            X=X,
+            METRIC=plan.metric,
+            BLOCK=config.limit_rows,
+            **options(config.limit_warps),
+        )
+    if reroutes:
+        given_bids = torch.empty((G, B), dtype=torch.int64, device=device)
+        _routing_reroute.reroute_kernel[(ceil_div(T, config.choose_rows),)](
+            scores_TE,
+            scores_TE.stride(0),
+            tags,
+            candidates,
+            candidate_scores,
+            rest,
+            bin_device,
+            capacity,
+            last_bids,
+            free,
+            index,
+            T,
+            start,
+            E=E,
+            EP=EP,
+            K=K,
+            M=M,
+            B=B,
+            X=X,
+            METRIC=plan.metric,
+            SCORING=scoring,
+            BLOCK_T=config.choose_rows,
+            **options(config.choose_warps),
+        )
+        _routing_reroute.give_kernel[(bins,)](
+            tags,
+            candidates,
+            candidate_scores,
+            None if at_device else rest,
+            bin_device,
+            groups,
+            capacity,
+            free,
+            given_bids,
+            T,
+            G,
+            start,
+            least,
+            E=E,
+            K=K,
+            M=M,
             B=B,
             X=X,
             METRIC=plan.metric,
@@ -371,6 +437,7 @@ def _route(
         bin_device,
         capacity,
         last_bids,
+        given_bids,
         index,
         experts,
         weights,
@@ -391,6 +458,7 @@ def _route(
         METRIC=plan.metric,
         LIMITED=limited,
         RENORMALIZE=plan.renormalize,
+        SORT=reroutes and topk_TK is not None,
         ROWS=config.rows,
         BLOCK_T=config.pack_rows,
         **options(config.pack_warps),

@@ -187,7 +187,7 @@ def naive_route(
         if limit is not None and want["mode"] != "drop":
             # Nobody is filled above the busiest, but in Expanded Drop under fill `capacity`.
             load = [sum(bin_of[e] == b for t in group for e in claims[t]) for b in bins]
-            if want["mode"] == "reroute" or want["fill"] == "busiest":
+            if want["mode"] == "reroute" or want["fill"] != "capacity":
                 limit = [min(number, max(load)) for number in limit]
         limits.append(limit)
         if limit is None:

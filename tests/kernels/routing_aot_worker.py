@@ -24,7 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from capmoe_kernels import _routing_kernels, _routing_limits, _routing_sharing, routing
+from capmoe_kernels import (
+    _routing_kernels,
+    _routing_limits,
+    _routing_reroute,
+    _routing_sharing,
+    routing,
+)
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
 
@@ -33,6 +39,8 @@ MODULES = {
     "choose_kernel": _routing_kernels,
     "share_kernel": _routing_sharing,
     "limit_kernel": _routing_limits,
+    "reroute_kernel": _routing_reroute,
+    "give_kernel": _routing_reroute,
     "pack_kernel": _routing_kernels,
     "seats_kernel": _routing_kernels,
 }
@@ -62,7 +70,7 @@ class Case:
 
 
 MASKS = ("is_padding_T", "is_decode_T")
-DROP, EXPANDED = {"mode": "drop"}, {"mode": "expanded"}
+DROP, EXPANDED, REROUTE = ({"mode": mode} for mode in ("drop", "expanded", "reroute"))
 KEEP = {"mode": "off", "decode_keep": "auto"}
 CASES = {
     # Mixtral, OLMoE, Qwen3-30B-A3B, DeepSeek-V2-Lite on 8 ranks, and the largest sizes.
@@ -90,6 +98,23 @@ CASES = {
         (*MASKS, "topk_TK", "device_E", "token_device_T"),
         devices=8,
     ),
+    "qwen3-reroute": Case(
+        8192,
+        128,
+        8,
+        {**REROUTE, "scope": "request"},
+        (*MASKS, "topk_TK", "request_T"),
+        requests=256,
+    ),
+    "deepseek-reroute": Case(
+        8192,
+        64,
+        6,
+        {**REROUTE, "level": "device", "metric": "random"},
+        (*MASKS, "topk_TK", "device_E", "token_device_T"),
+        devices=8,
+    ),
+    "largest-reroute": Case(65536, 512, 16, {**REROUTE, "metric": "order"}, MASKS),
     "largest-random": Case(
         65536, 512, 16, {**EXPANDED, "metric": "random", "max_experts": "none"}, MASKS
     ),

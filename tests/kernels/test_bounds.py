@@ -319,6 +319,7 @@ def wide_launch(T: int, E: int, L: int) -> Any:
 # Of these a call of all programs need not touch both ends.
 NOT_TO_THE_ENDS = (
     ("choose_kernel", "load_before_ptr"),  # no load is added to experts without one
+    ("choose_kernel", "bin_loads_ptr"),
     ("choose_kernel", "groups_ptr"),  # int32 [4, 1], the end of a tensor with room for padding
     ("limit_kernel", "groups_ptr"),
     ("limit_kernel", "table_ptr"),  # has rows for other numbers of tokens
@@ -367,7 +368,8 @@ def test_routing_of_an_engine(name: str) -> None:
 
     configs: list[dict[str, Any]] = [
         {"mode": "expanded", "metric": "random", "priority": "text-first"},
-        {"mode": "drop", "level": "device"},
+        {"mode": "reroute", "level": "device"},
+        {"mode": "reroute"},
     ]
     for config in configs:
         plan = resolve(

@@ -197,6 +197,11 @@ def make_case(
     E = rng.choice([1, 2, 3, 5, 8, 8, 12, 16])
     k = rng.choice([1, min(2, E), min(3, E), rng.randint(1, E), E])
     T = rng.choice([1, 2, 5, 16, 17, rng.randint(20, 50)]) if T is None else T
+    mode = fixed.get("mode") or rng.choice(["drop", "expanded", "reroute"])
+    if mode == "reroute" and rng.random() < 0.7:  # room, so that something can be given
+        E, k, T = rng.choice([8, 12, 16]), rng.choice([1, 2, 3]), rng.randint(16, 50)
+        room = {"factor": rng.choice([0.75, 1.0, 1.1]), "min_capacity": 1, "min_tokens": 0}
+        fixed = {**room, **fixed}
 
     def some(share: float) -> Tensor:
         return torch.tensor([rng.random() < share for _ in range(T)], dtype=torch.bool)
@@ -206,7 +211,8 @@ def make_case(
     devices += [[rng.choice([0, 2, 5]) for _ in range(E)], [rng.randrange(E) for _ in range(E)]]
     device_E = rng.choice(devices)
     config: dict[str, Any] = {
-        "mode": rng.choice(["drop", "expanded"]),
+        "mode": mode,
+        "fill": rng.choice(["busiest", "capacity"]),
         "factor": rng.choice([0.1, 0.25, 0.5, 0.75, 1.0, 1.1, 2.0]),
         "metric": rng.choice(["score", "order", "reverse-order", "random"]),
         "level": rng.choice(["expert", "device"]),
@@ -261,7 +267,7 @@ def make_case(
 
 GRID = list(
     itertools.product(
-        ["drop", "expanded"],
+        ["drop", "expanded", "reroute"],
         ["score", "order", "reverse-order", "random"],
         ["expert", "device"],
         ["batch", "request"],
@@ -342,6 +348,9 @@ def test_decode_keep_at_the_sizes_of_models(E: int, k: int) -> None:
         (12, 12, 12, {"factor": 0.5, "scope": "request"}),
         (20, 16, 2, {"mode": "expanded", "expanded_experts": "all", "max_experts": "none"}),
         (2200, 4, 2, {}),  # more than one step of each kernel
+        (2200, 4, 2, {"mode": "reroute"}),
+        (130, 60, 4, {"mode": "reroute", "scope": "request"}),
+        (40, 160, 6, {"mode": "reroute", "metric": "random"}),
         (2200, 4, 2, {"scope": "request", "metric": "random"}),
     ],
 )
@@ -349,7 +358,9 @@ def test_sizes(T: int, E: int, k: int, config: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(T + E)
     scores = torch.randn(T, E, generator=generator).softmax(dim=1).to(DEVICE)
     request = torch.arange(T, device=DEVICE) // 700
-    check(scores, make_plan(E, k, **config), request_T=request, num_requests=4)
+    got = check(scores, make_plan(E, k, **config), request_T=request, num_requests=4)
+    if config.get("mode") == "reroute":
+        assert got.dropped > got.expanded > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -369,7 +380,7 @@ def test_views_of_larger_tensors(dtype: torch.dtype, launches: str) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("mode", ["drop", "expanded"])
+@pytest.mark.parametrize("mode", ["drop", "expanded", "reroute"])
 @pytest.mark.parametrize(
     ("value", "metric"),
     [(0.25, "score"), (0.0, "random"), (NAN, "score"), (NAN, "reverse-order"), (INF, "score")]
@@ -430,15 +441,17 @@ def test_ids_out_of_range_stay_inside(launches: str) -> None:
     """Values that the contract forbids give some result, but no access outside."""
     scores = torch.rand(24, 4, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     far = torch.tensor([-(2**31), 2**31 - 1] * 12, device=DEVICE)
-    config = CapacityConfig(mode="expanded", factor=0.5, min_capacity=1, level="device")
-    plan = resolve(config, num_experts=4, top_k=2, expert_device=[0, 0, 1, 1])
-    plan = dataclasses.replace(plan, local=True)
     topk = torch.stack([far, far.flip(0)], dim=1)
-    got = run(route_triton, scores, plan, topk_TK=topk, device_E=far[:4], token_device_T=far)
-    assert got.experts.shape == (24, plan.width)
-    assert bool(((got.experts >= -1) & (got.experts < 4)).all())
-    assert not bool(got.weights[got.experts < 0].any()) and bool(got.weights.isfinite().all())
-    assert int(got.load_after.sum()) == int((got.experts >= 0).sum())
+    for mode, level in itertools.product(("expanded", "reroute"), ("device", "expert")):
+        config = CapacityConfig(mode=mode, factor=0.5, min_capacity=1, level=level)
+        plan = resolve(config, num_experts=4, top_k=2, expert_device=[0, 0, 1, 1])
+        plan = dataclasses.replace(plan, local=True)
+        got = run(route_triton, scores, plan, topk_TK=topk, device_E=far[:4], token_device_T=far)
+        assert got.experts.shape == (24, plan.width)
+        assert bool(((got.experts >= -1) & (got.experts < 4)).all())
+        assert not bool(got.weights[got.experts < 0].any())
+        assert bool(got.weights.isfinite().all())
+        assert int(got.load_after.sum()) == int((got.experts >= 0).sum())
 
 
 def test_worked_example_through_the_public_door() -> None:
@@ -510,8 +523,9 @@ def test_logits_that_are_no_numbers(scoring: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_holds_the_call() -> None:
-    plan = make_plan(8, 2, mode="expanded", metric="random", decode_keep="auto")
+@pytest.mark.parametrize("mode", ["expanded", "reroute"])
+def test_a_cuda_graph_holds_the_call(mode: str) -> None:
+    plan = make_plan(8, 2, mode=mode, metric="random", decode_keep="auto")
     scores = torch.rand(300, 8, device="cuda")
     decode = torch.arange(300, device="cuda") < 40
     padding = torch.zeros(300, dtype=torch.bool, device="cuda")

@@ -1,7 +1,7 @@
 """The Triton kernels on two ranks, interpreted: what each gets of the seats, and the numbers.
 
-Drop, per request: what is dropped doesn't depend on who shares a step, so one process with plain
-torch is the measure for every layout.
+Reroute, per request, with candidates anywhere: what is dropped and given doesn't depend on who
+shares a step, so one process with plain torch is the measure for every layout.
 """
 
 from typing import Any
@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 TEXT = "The oldest bridge of the town was built where the river is narrow, "
 REQUESTS = [{"prompt": TEXT * n + "and", "max_tokens": 3} for n in (1, 2, 1)]
 LIMITED = {
-    "moe_capacity_mode": "drop",
-    "moe_capacity_factor": 0.5,
+    "moe_capacity_mode": "reroute",
+    "moe_capacity_candidates": "global",
+    "moe_capacity_factor": 1.0,
     "moe_capacity_scope": "request",
     "moe_capacity_min_capacity": 1,
     "enable_prefix_caching": None,  # off by the scope
@@ -49,5 +50,5 @@ def test_ranks_agree_with_plain_torch(run_ranks, nine_experts, plain, layout):
     assert "backend=triton, " in ours["log"] and "ranks=2" in ours["log"]
     assert_same(plain, ours)
     counted, expected = (stats.totals(layers_of(each["counters"])) for each in (ours, plain))
-    for key in ("assignments", "dropped"):
+    for key in ("assignments", "dropped", "expanded"):
         assert counted[key] == expected[key] > 0
