@@ -59,8 +59,9 @@ class Option:
     @property
     def default_text(self) -> str:
         """The default as a user would write it."""
-        words = {None: "auto", (): "none", False: "off"}
-        return str(words.get(self.default, self.default))
+        if self.default is False:  # but 0 is a number
+            return "off"
+        return str({None: "auto", (): "none"}.get(self.default, self.default))
 
     def check(self, value: Any, came: Any = None) -> Any:
         """Return the value as stored, or raise `ConfigError` naming flag, value, accepted.
@@ -422,6 +423,13 @@ or inf.
     def acts(self) -> bool:
         """Whether the general settings ask for anything."""
         return self.mode != "off" or self.decode_keep != "off"
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, as refusals begin: `--moe-capacity-mode is 'drop'`."""
+        if self.mode == "off" and self.decode_keep != "off":
+            return f"{FLAG_PREFIX}decode-keep is {self.decode_keep!r}"
+        return f"{FLAG_PREFIX}mode is {self.mode!r}"
 
     def keeps(self, top_k: int) -> tuple[int, ...]:
         """k0, what a decode token keeps of its k experts, in a step of 0, 1, ... decode tokens.

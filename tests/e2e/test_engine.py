@@ -95,6 +95,38 @@ def test_observing_counts_what_the_mode_would_do_and_changes_nothing(run, stock)
     )
 
 
+def test_decode_keep_without_a_mode(run, stock):
+    """Layer 0 keeps all of the top-2, the others the best one; a request alone shares nothing."""
+    ours = run(
+        [PROMPTS[:1], PROMPTS],
+        moe_capacity_decode_keep=1,
+        moe_capacity_layers={"0": {"decode_keep": 2}},
+    )
+    assert len(ours["patched"]) == 4 and "decode_keep=1" in ours["log"]
+    assert "backend=vllm (auto)" in ours["log"]
+    alone, batch = ours["records"]
+    assert_same({"batches": [stock["batches"][0][:1]]}, ours)
+    assert all(step["load_before"] == step["load_after"] for step in alone)
+
+    def active(loads: list[int]) -> int:
+        return sum(load > 0 for load in loads)
+
+    saved = decodes = 0
+    for step in batch:
+        rows = [row for row, padding in enumerate(step["is_padding"]) if not padding]
+        assert all(sorted(step["experts"][row])[0] >= 0 for row in rows)
+        decode = [row for row in rows if step["is_decode"][row]]
+        for row in decode:
+            assert step["topk"][row][0] in step["experts"][row]
+        if ".0." in step["layer"] or not decode:
+            assert step["load_before"] == step["load_after"]
+            continue
+        assert active(step["load_after"]) <= active(step["load_before"])
+        decodes += 1
+        saved += active(step["load_before"]) - active(step["load_after"])
+    assert decodes >= 12 and saved > 0
+
+
 @pytest.mark.cpu
 def test_vllms_own_kernels_under_our_routing_agree_with_ours(run, stock):
     """Also: a small gamma changes what the model says, whoever computes it."""

@@ -136,6 +136,18 @@ def test_plugins_without_this_one_are_refused_with_a_mode(example_model, monkeyp
     engine_config(example_model, moe_capacity_mode="drop")
 
 
+def test_decode_keep_is_refused_where_neighbours_must_not_matter(example_model, monkeypatch):
+    asked = {"moe_capacity_decode_keep": 1}
+    engine_config(example_model, **asked)
+    with pytest.raises(ValueError, match="decode-keep is 1, but .*scope is 'request'"):
+        engine_config(example_model, **asked, moe_capacity_scope="request")
+    with pytest.raises(ValueError, match="decode-keep is 3, but a token has 2 experts"):
+        engine_config(example_model, moe_capacity_decode_keep=3)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="decode-keep is 1, under .*VLLM_BATCH_INVARIANT=1"):
+        engine_config(example_model, **asked)
+
+
 def test_a_hidden_padding_mask_is_refused(example_model, monkeypatch):
     monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
     with pytest.raises(ValueError, match="VLLM_MOE_SKIP_PADDING=0 hides"):

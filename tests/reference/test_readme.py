@@ -15,7 +15,7 @@ def test_the_flags_table_is_the_list_of_options(repo_root: Path) -> None:
     assert list(rows) == [option.key.replace("_", "-") for option in OPTIONS]
     for option in OPTIONS:
         values, default = rows[option.key.replace("_", "-")]
-        assert default.strip("`") == str("auto" if option.default is None else option.default)
+        assert default.strip("`") == option.default_text
         for choice in option.choices or ():
             assert f"`{choice}`" in values
 

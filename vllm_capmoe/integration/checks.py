@@ -22,7 +22,7 @@ def check_environment(config: CapacityConfig) -> None:
 
     if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:
         raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but VLLM_PLUGINS is "
+            f"{config.asked}, but VLLM_PLUGINS is "
             f"{','.join(envs.VLLM_PLUGINS)!r}, which keeps this plugin out of vLLM's processes: a "
             f"list that names {PLUGIN!r}, or none, is accepted."
         )
@@ -40,7 +40,7 @@ def check_environment(config: CapacityConfig) -> None:
         )
     if not envs.VLLM_MOE_SKIP_PADDING:
         raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but VLLM_MOE_SKIP_PADDING=0 hides which "
+            f"{config.asked}, but VLLM_MOE_SKIP_PADDING=0 hides which "
             "tokens are padding: 1, vLLM's default, is accepted."
         )
 
@@ -68,7 +68,7 @@ def _check_variant(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
     """What `check_engine` asks of settings that are in effect in some layer."""
     import vllm.envs as envs
 
-    mode = f"--moe-capacity-mode is {config.mode!r}, but"
+    mode = f"{config.asked}, but"
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if not model.is_moe:
         raise ValueError(
@@ -81,6 +81,8 @@ def _check_variant(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
             f"--moe-capacity-max-experts is {config.max_experts}, but {model.model} gives each "
             f"token {top_k} experts: an integer >= {top_k}, 'none' or 'auto' is accepted."
         )
+    if top_k:
+        config.keeps(top_k)  # refuses more than the model has
     for architecture in model.architectures or ():
         if architecture in UNSERVED_MODELS:
             raise ValueError(
@@ -103,9 +105,10 @@ def _check_variant(config: CapacityConfig, vllm_config: "VllmConfig") -> None:
         )
     if parallel.enable_eplb:
         check_load_balancing(config, vllm_config)
-    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1 and not config.observe:
-        check_all_to_all(config, parallel.all2all_backend, top_k)
     backend, kernels = resolve_backend(config, vllm_config), vllm_config.kernel_config.moe_backend
+    as_vllm = config.observe or (config.mode == "off" and backend == "vllm")  # rows as its own
+    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1 and not as_vllm:
+        check_all_to_all(config, parallel.all2all_backend, top_k)
     if backend != "vllm" and kernels != "auto":
         raise ValueError(
             f"--moe-backend is {kernels!r}, but --moe-capacity-backend {config.backend!r} has the "
@@ -170,7 +173,7 @@ def check_all_to_all(config: CapacityConfig, backend: str, top_k: int) -> None:
     accepted = ", ".join(map(repr, SKIP_DROPPED))
     if backend in BATCHES:
         raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but --all2all-backend {backend!r} hands out "
+            f"{config.asked}, but --all2all-backend {backend!r} hands out "
             f"rows in batches of a fixed size for each expert: {accepted} are accepted."
         )
     if config.mode == "expanded" and config.max_experts != top_k and backend not in ANY_WIDTH:
@@ -181,7 +184,7 @@ def check_all_to_all(config: CapacityConfig, backend: str, top_k: int) -> None:
         )
     if backend not in SKIP_DROPPED:
         raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but --all2all-backend {backend!r} isn't "
+            f"{config.asked}, but --all2all-backend {backend!r} isn't "
             f"known to skip dropped assignments: {accepted} are accepted."
         )
 
@@ -194,8 +197,10 @@ def triton_is_interpreted() -> bool:
 def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
     """Who computes the experts: "triton", "torch" or "vllm".
 
-    `auto` is "vllm" for quantised weights; else "triton" on CUDA and "torch" on the CPU. Where
-    capacity only observes, vLLM's own kernels run, whatever was asked for.
+    `auto` is "vllm" for quantised weights, and for decode keep without a mode, under which nothing
+    is dropped and rows are as wide as vLLM's own (but for expert parallelism on the CPU, which only
+    ours know); else "triton" on CUDA and "torch" on the CPU. Where capacity only observes, vLLM's
+    own kernels run, whatever was asked for.
 
     Raises:
         ValueError: the backend that was asked for can't serve this engine.
@@ -205,7 +210,7 @@ def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
     quantization = vllm_config.model_config.quantization
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ValueError(
-            f"--moe-capacity-mode is {config.mode!r}, but the platform is "
+            f"{config.asked}, but the platform is "
             f"{current_platform.device_name!r}: it is accepted on CUDA and on the CPU."
         )
     if config.observe:
@@ -213,7 +218,9 @@ def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
     own = "torch" if current_platform.is_cpu() else "triton"
     backend = config.backend
     if backend == "auto":
-        return own if quantization is None else "vllm"
+        ours = any(variant.mode != "off" for variant in config.variants)
+        ours |= own == "torch" and vllm_config.parallel_config.enable_expert_parallel
+        return own if ours and quantization is None else "vllm"
     interpreted = backend == "triton" and own == "torch" and triton_is_interpreted()
     if backend not in (own, "vllm") and not interpreted:
         raise ValueError(

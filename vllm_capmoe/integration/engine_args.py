@@ -17,7 +17,7 @@ PREFIX = "moe_capacity_"
 GROUP = "MoECapacityConfig"
 _DESCRIPTION = (
     "Capacity-aware Mixture-of-Experts inference (vllm-capmoe): bounds the load of every expert "
-    "or device. Off unless --moe-capacity-mode is given."
+    "or device. Off unless --moe-capacity-mode or --moe-capacity-decode-keep is given."
 )
 
 

@@ -128,7 +128,7 @@ def check_layer(config: "CapacityConfig", layer: Any) -> None:
     names = [type(part).__name__ for part in (layer.router, method)]
     names += [] if kernel is None else [kernel.__name__]
     raise ValueError(
-        f"--moe-capacity-mode is {config.mode!r}, but layer {layer.layer_name} routes by itself, "
+        f"{config.asked}, but layer {layer.layer_name} routes by itself, "
         f"or needs what no mode serves ({', '.join(names)}): accepted are layers with vLLM's own "
         "top-k routers and modular kernels, which --moe-backend may choose."
     )

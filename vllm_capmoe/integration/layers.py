@@ -57,7 +57,7 @@ def bind(
     bound = 0
     for layer in layers_of_model(config, vllm_config, model_runner):
         own = config.for_layer(layer_number(layer.layer_name))
-        mode = f"--moe-capacity-mode is {own.mode!r}, but layer"
+        mode = f"{own.asked}, but layer"
         router, routed = layer.router, layer.routed_experts
         kernels.check_layer(config, layer)
         if layer.do_naive_dispatch_combine:
@@ -91,7 +91,7 @@ def bind(
                 "'vllm' are accepted."
             )
         phantom_expert = None
-        if backend == "vllm" and applied:
+        if backend == "vllm" and applied and plan.mode != "off":  # else nothing is dropped
             phantom_expert = phantom.install(layer, device)
             if phantom_expert is None and plan.width > plan.top_k:
                 raise ValueError(
@@ -137,7 +137,7 @@ def layers_of_model(
     for name, module in model.named_modules():
         if "megamoe" in type(module).__name__.lower():
             raise ValueError(
-                f"--moe-capacity-mode is {config.mode!r}, but {name} is a {type(module).__name__}, "
+                f"{config.asked}, but {name} is a {type(module).__name__}, "
                 "which routes by itself: another --moe-backend is accepted."
             )
     for layer in vllm_config.compilation_config.static_forward_context.values():
@@ -147,7 +147,7 @@ def layers_of_model(
             yield layer
         elif id(layer) not in drafts:
             raise ValueError(
-                f"--moe-capacity-mode is {config.mode!r}, but layer {layer.layer_name} belongs "
+                f"{config.asked}, but layer {layer.layer_name} belongs "
                 "neither to the model nor to its draft: accepted are models whose layers are "
                 "modules of theirs."
             )
@@ -284,6 +284,8 @@ def log_start(
             f"fill={chosen(config.fill, 'busiest' if plan.busiest else 'capacity')}",
             f"max_experts={chosen(config.max_experts, limit)}",
         ]
+    if config.decode_keep != "off":
+        parts.append(f"decode_keep={config.decode_keep}")
     if config.layers:
         parts.append(f"own_settings={{{', '.join(entry.name for entry in config.layers)}}}")
     logger.info_once("MoE capacity: %s", ", ".join(parts), scope="local")
@@ -293,7 +295,7 @@ def log_start(
             scope="local",
         )
         return
-    if num_ranks == 1:
+    if num_ranks == 1 and any(variant.mode != "off" for variant in config.variants):
         logger.warning_once(
             "MoE capacity is on without expert parallelism: the straggler effect that it removes "
             "needs several ranks (--enable-expert-parallel). Here it only bounds the work.",

@@ -66,7 +66,7 @@ def check(vllm_config: "VllmConfig", proofs: Iterable[tuple[str, Proof | None]])
     from vllm_capmoe.integration.engine_args import capacity_config
 
     config = capacity_config(vllm_config.additional_config)
-    mode, layers = f"--moe-capacity-mode is {config.mode!r}, but", 0
+    mode, layers = f"{config.asked}, but", 0
     wanted = proof(config, 0)
     for worker, given in proofs:
         if given is None:

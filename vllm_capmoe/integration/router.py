@@ -371,7 +371,7 @@ def _make_router(original: Function) -> Function:
         if refused or scoring_func not in SCORING or not isinstance(inner, BaseRouter):
             what = refused[0].replace("_", " ") if refused else f"scores by {scoring_func}"
             raise ValueError(
-                f"--moe-capacity-mode is {config.mode!r}, but this model's layers route with "
+                f"{config.asked}, but this model's layers route with "
                 f"{type(inner).__name__} ({what}): accepted are top-k routers over softmax, "
                 "sigmoid or sqrtsoftplus scores, with or without groups and biases."
             )
