@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from capmoe_kernels import launch
-from capmoe_kernels.experts import grid_size, workspace_sizes
+from capmoe_kernels.experts import _use_tma, grid_size, workspace_sizes
 from capmoe_kernels.launch import (
     Chip,
     ExpertsConfig,
@@ -127,6 +127,14 @@ def test_grid_is_bounded_by_the_chip_and_the_capacity() -> None:
     assert grid_size(2, 8, 16, tile, H100, None) == 32
     assert grid_size(16384, 8, 16, tile, H100, 128) == 128
     assert grid_size(0, 8, 16, tile, H100, None) == 1  # an empty grid can't be launched
+
+
+def test_descriptors_are_for_rows_of_whole_16_bytes() -> None:
+    tile = GemmConfig(16, 32, 16)
+    for columns, serves in ((16, True), (12, False)):
+        matrix = torch.empty(2, 8, columns, dtype=torch.bfloat16)
+        assert _use_tma(tile, H100, matrix) == serves
+    assert not _use_tma(tile, A100, torch.empty(2, 8, 16, dtype=torch.bfloat16))
 
 
 VLLM = {
