@@ -76,7 +76,11 @@ def test_trials_count_what_the_settings_do() -> None:
                 "left_without": r.left_without,
                 "mass": float(scores[chosen].double().sum()),
                 "lost": float(scores[chosen & ~held].double().sum()),
-                "held": float(scores[held].double().sum()),
+                "missing": float(
+                    ((scores * chosen).double().sum(1) - (scores * held).double().sum(1))
+                    .clamp(0)
+                    .sum()
+                ),
                 "peak_before": int(r.load_before.max()),
                 "peak_after": int(r.load_after.max()),
                 "rank_before": int(r.load_before.view(RANKS, -1).sum(1).max()),

@@ -56,7 +56,7 @@ class LayerTrials:
         before_E = _loads(topk_TK, real_T, plan.num_experts)
         if kind == "prompt":
             self.loads.append(before_E.tolist())
-        mass = _mass(scores_TE, topk_TK, real_T[:, None].expand_as(topk_TK))
+        mass_T = _mass(scores_TE, topk_TK, real_T[:, None].expand_as(topk_TK))
         for name, tried in self.plans.items():
             selection = route_torch(scores_TE, tried, topk_TK=topk_TK, **step)
             held_TW = selection.experts.long()
@@ -69,9 +69,9 @@ class LayerTrials:
                 "dropped": int(before_E.sum()) - kept,
                 "added": int(after_E.sum()) - kept,
                 "left_without": int(selection.left_without),
-                "mass": mass,
-                "lost": mass - _mass(scores_TE, held_TW, own_TW),
-                "held": _mass(scores_TE, held_TW, held_TW >= 0),
+                "mass": float(mass_T.sum()),
+                "lost": float((mass_T - _mass(scores_TE, held_TW, own_TW)).sum()),
+                "missing": float((mass_T - _mass(scores_TE, held_TW, held_TW >= 0)).clamp(0).sum()),
                 "peak_before": int(before_E.max()),
                 "peak_after": int(after_E.max()),
                 "rank_before": self._busiest_rank(before_E),
@@ -103,10 +103,10 @@ def _loads(topk_TK: Tensor, real_T: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(topk_TK[real_T].reshape(-1), minlength=num_experts)
 
 
-def _mass(scores_TE: Tensor, experts_TW: Tensor, counted_TW: Tensor) -> float:
-    """The sum of S over the assignments that count."""
+def _mass(scores_TE: Tensor, experts_TW: Tensor, counted_TW: Tensor) -> Tensor:
+    """float64 [T]: the sum of S over a token's assignments that count."""
     mass_TW = scores_TE.double().gather(1, experts_TW.clamp(min=0))
-    return float(mass_TW.nan_to_num(0.0).where(counted_TW, 0.0).sum())
+    return mass_TW.nan_to_num(0.0).where(counted_TW, 0.0).sum(1)
 
 
 def moe_capacity_try(

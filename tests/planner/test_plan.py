@@ -1,0 +1,118 @@
+"""`vllm-capmoe plan` as a user runs it: on real engines, and with what it must refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import environment
+
+from vllm_capmoe.planner.cli import main
+
+COMMAND = [sys.executable, "-m", "vllm_capmoe.planner.cli", "plan"]
+TEXT = "The quick brown fox jumps over the lazy dog while the experts wait for their tokens. "
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 prompts of some 60 tokens, so that there are two chunks."""
+    file = tmp_path_factory.mktemp("plan") / "prompts.jsonl"
+    lines = [{"prompt": f"{number}: {TEXT * 3}{TEXT[number:]}"} for number in range(40)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def words(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--max-model-len", "512", "--dtype", "float32", "--max-num-batched-tokens", "4096"]
+    return [
+        *("--model", str(model), "--prompts", str(prompts), "--out", str(out)),
+        *("--max-output-tokens", "4", "--moe-capacity-min-capacity", "1", *fixed, *more),
+    ]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # equal batches in all runs
+    return subprocess.run(
+        [*COMMAND, *words],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.cpu
+def test_a_plan_predicts_what_its_settings_then_do(
+    example_model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    done = run(
+        *words(example_model, prompts, tmp_path, "--ep-size", "4", "--max-loss", "5%"), "--check"
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plan: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["prompts"], len(plan["layers"])) == (40, 4)
+    # The example's router loads its busiest expert more than twice the mean.
+    assert all(layer["imbalance"] > 1.5 for layer in plan["layers"])
+    predicted, check = plan["verdict"]["predicted"], plan["check"]
+    assert plan["verdict"]["worth"], plan["verdict"]["reason"]
+    assert 0 < predicted["mass_missing_share"] <= 0.05
+    assert predicted["moe_layers_speed_bound"] > 1.05
+    # What layers above an unlimited one get is not the same as without a limit: nearly.
+    assert check["dropped"] == pytest.approx(predicted["dropped"], rel=0.05)
+    assert check["tokens"] > 40 * 50
+    assert check["agreement"] < 1 and check["kl"] > 0
+    layers = json.loads((tmp_path / "layers.json").read_text())
+    assert layers == plan["verdict"]["layers"]
+    assert "Verdict: turn on" in done.stdout and f"@{tmp_path / 'layers.json'}" in done.stdout
+    assert (tmp_path / "plan.html").read_text().count("<svg") == 6
+
+    # A second call finds all engines' results, and starts none.
+    again = run(*words(example_model, prompts, tmp_path, "--ep-size", "4", "--max-loss", "5%"))
+    assert again.returncode == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["by_factor"] == plan["by_factor"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--ep-size", "3"), "--ep-size is 3, but it must divide the model's 8 experts."),
+        (("--data-parallel-size", "2"), "--data-parallel-size is 2, but a plan runs in one engine"),
+        (("--moe-capacity-factor", "0"), "--moe-capacity-factor is '0', but it must be a number"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    example_model: Path, prompts: Path, tmp_path: Path, capsys: Any, more: Any, message: str
+) -> None:
+    try:
+        status = main(["plan", *words(example_model, prompts, tmp_path, *more)])
+    except SystemExit as end:  # argparse's own
+        status = int(end.code or 0)
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_or_a_file_that_is_not_there(prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["plan", *words(tmp_path / "no-model", prompts, tmp_path)]) == 2
+    assert "no-model" in capsys.readouterr().err
+    assert main(["plan", *words(tmp_path, tmp_path / "nothing.jsonl", tmp_path)]) == 2
+    assert "nothing.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--max-loss", "150%", "'1%' or 0.01 is accepted"),
+        ("--max-loss", "-1%", "expected one argument"),
+        ("--max-loss", "much", "'1%' or 0.01 is accepted"),
+        ("--ep-size", "0", "an integer >= 1 is accepted"),
+        ("--max-prompts", "x", "an integer >= 1 is accepted"),
+    ],
+)
+def test_bad_flags(prompts: Path, tmp_path: Path, capsys: Any, flag: str, value: str, message: str):
+    with pytest.raises(SystemExit):
+        main(["plan", *words(tmp_path, prompts, tmp_path, flag, value)])
+    assert message in capsys.readouterr().err

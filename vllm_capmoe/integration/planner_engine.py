@@ -1,0 +1,138 @@
+"""The engines of the planner, each in a process of its own.
+
+    python -m vllm_capmoe.integration.planner_engine observe|answer SPEC.json RESULT.json
+
+The specification: "engine", the arguments of `vllm serve`'s engine as a list of words; "prompts";
+"max_tokens"; "settings", the keys of `additional_config["moe_capacity"]`; for `observe` also
+"trials" and "ep_size". A run that was cut short goes on where its result file ends, if that has the
+specification's "mark".
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHUNK = 32  # prompts of one call of the engine, after which the result is saved
+TOP = 20  # log-probabilities per prompt position: what vLLM gives at most, unless told otherwise
+
+
+def engine_args(words: list[str], settings: dict[str, Any]) -> Any:
+    """vLLM's `EngineArgs` of a command line, with settings of the plugin over what it says.
+
+    Raises:
+        SystemExit: argparse refused a word, and has said so.
+    """
+    import vllm_capmoe
+
+    vllm_capmoe.register()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_capmoe.integration.engine_args import KEY
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-capmoe plan"))
+    made = EngineArgs.from_cli_args(parser.parse_args(words))
+    own = dict(made.additional_config or {})
+    made.additional_config = {**own, KEY: {**own.get(KEY, {}), **settings}}
+    return made
+
+
+def conversations(prompts: list[Any]) -> Iterator[tuple[bool, list[Any]]]:
+    """The prompts in chunks, texts and chats apart, in their order: whether chats, the chunk."""
+    chunk: list[Any] = []
+    for prompt in prompts:
+        if chunk and (isinstance(chunk[0], str) != isinstance(prompt, str) or len(chunk) == CHUNK):
+            yield not isinstance(chunk[0], str), chunk
+            chunk = []
+        chunk.append(prompt)
+    if chunk:
+        yield not isinstance(chunk[0], str), chunk
+
+
+def run(spec: dict[str, Any], result: Path, observe: bool) -> None:
+    """Run all prompts that `result` doesn't have yet; it is saved after each chunk."""
+    made = engine_args(spec["engine"], spec["settings"])
+    from tqdm import tqdm
+    from vllm import LLM, SamplingParams
+
+    done: dict[str, Any] = {"mark": spec["mark"], "prompts": 0, "chunks": []}
+    if result.exists() and (found := json.loads(result.read_text()))["mark"] == spec["mark"]:
+        done = found
+    llm = LLM.from_engine_args(made)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=spec["max_tokens"],
+        prompt_logprobs=None if observe else TOP,
+    )
+    limited = not observe and spec["settings"]["mode"] != "off"
+    dropped = 0.0
+    bar = tqdm(total=len(spec["prompts"]), initial=done["prompts"], unit=" prompts", leave=False)
+    for chats, chunk in conversations(spec["prompts"][done["prompts"] :]):
+        if observe:
+            llm.collective_rpc("moe_capacity_try", args=(spec["trials"], spec["ep_size"]))
+        call = llm.chat if chats else llm.generate
+        start = time.perf_counter()
+        outputs = call(chunk, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        if observe:
+            counted: Any = {
+                "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
+                "output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
+                "layers": _layers(llm.collective_rpc("moe_capacity_tried")),
+            }
+        else:
+            before, dropped = dropped, _dropped(llm) if limited else 0.0
+            answers = [_answer(output) for output in outputs]
+            counted = {"seconds": seconds, "answers": answers, "dropped": dropped - before}
+        done["prompts"] += len(chunk)
+        done["chunks"].append(counted)
+        _save(result, done)
+        bar.update(len(chunk))
+    bar.close()
+
+
+def _dropped(llm: Any) -> float:
+    """The assignments that were dropped since the engine started."""
+    return sum(totals["dropped"] for totals in llm.collective_rpc("moe_capacity_totals"))
+
+
+def _layers(workers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each layer once: tensor parallel workers count alike, pipeline stages have their own."""
+    return list({layer["number"]: layer for worker in workers for layer in worker}.values())
+
+
+def _answer(output: Any) -> dict[str, Any]:
+    """The text, and for each position of the prompt but the first: the token, its log-probability,
+    and the most likely tokens with theirs.
+    """
+    positions = [
+        {
+            "token": token,
+            "logprob": found[token].logprob,
+            "top": {str(other): entry.logprob for other, entry in found.items()},
+        }
+        for token, found in zip(
+            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+        )
+    ]
+    completion = output.outputs[0]
+    return {
+        "text": completion.text,
+        "tokens": len(completion.token_ids),
+        "positions": positions,
+    }
+
+
+def _save(path: Path, value: Any) -> None:
+    """Whole or not at all: a run may be cut short while it writes."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    kind, spec_file, result_file = sys.argv[1:]
+    run(json.loads(Path(spec_file).read_text()), Path(result_file), kind == "observe")

@@ -1,0 +1,118 @@
+"""The same prompts with the planned settings and without: what changed. Standard library only."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An answer that became another one."""
+
+    prompt: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """With the settings against without, paired token by token. Prompts count as samples.
+
+    tokens: predicted tokens of prompts. delta_nll: mean rise of the negative log-likelihood of a
+    token (nats), standard_error over prompts. kl: mean divergence of the next-token distributions
+    (nats; over the most likely tokens of the first, all others as one). agreement: share of the
+    positions with the same most likely token. speed: output and prompt tokens per second with
+    over without, as it came; the two runs were one after the other. dropped: assignments that the
+    limited run dropped.
+    """
+
+    prompts: int
+    tokens: int
+    delta_nll: float
+    standard_error: float
+    kl: float
+    agreement: float
+    speed: float
+    tokens_before: int
+    tokens_after: int
+    dropped: int
+    changed: list[Changed] = field(default_factory=list)
+
+    def text(self, shown: int = 3) -> str:
+        """For a terminal, with the first changed answers side by side."""
+        parts = [
+            f"Checked on {self.prompts} prompts, {self.tokens} predicted tokens: "
+            f"nll {self.delta_nll:+.4f} ± {self.standard_error:.4f}, KL {self.kl:.4f}, "
+            f"same top token {self.agreement:.2%}, {len(self.changed)} of {self.prompts} answers "
+            f"changed (greedy), {self.tokens_before} -> {self.tokens_after} tokens generated, "
+            f"{self.dropped} assignments dropped, {self.speed:.2f} times the speed (one run each).",
+        ]
+        for changed in self.changed[:shown]:
+            parts.append(
+                f"prompt {changed.prompt}\n  without: {changed.before[:300]!r}\n"
+                f"  with:    {changed.after[:300]!r}"
+            )
+        return "\n".join(parts)
+
+
+def compare(without: list[dict[str, Any]], limited: list[dict[str, Any]]) -> Check:
+    """The chunks of two runs of the same prompts (`planner_engine answer`)."""
+    before = [answer for chunk in without for answer in chunk["answers"]]
+    after = [answer for chunk in limited for answer in chunk["answers"]]
+    sums: list[tuple[int, float]] = []  # by prompt: tokens, rise of the nll
+    kl = 0.0
+    agree = 0
+    changed = []
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        rise = 0.0
+        for left, right in zip(old["positions"], new["positions"], strict=True):
+            rise += left["logprob"] - right["logprob"]
+            kl += divergence(left["top"], right["top"])
+            agree += _best(left["top"]) == _best(right["top"])
+        sums.append((len(old["positions"]), rise))
+        if old["text"] != new["text"]:
+            changed.append(Changed(number, old["text"], new["text"]))
+    tokens = sum(count for count, _ in sums)
+    mean = sum(rise for _, rise in sums) / max(1, tokens)
+    # Of a ratio of sums: the spread of what each prompt adds beyond the mean.
+    spread = sum((rise - mean * count) ** 2 for count, rise in sums)
+    error = math.sqrt(spread * len(sums) / max(1, len(sums) - 1)) / max(1, tokens)
+    generated = [sum(answer["tokens"] for answer in answers) for answers in (before, after)]
+    prompt_tokens = sum(len(answer["positions"]) + 1 for answer in before)
+    seconds = [sum(chunk["seconds"] for chunk in chunks) for chunks in (without, limited)]
+    rates = [
+        (prompt_tokens + count) / max(1e-9, time)
+        for count, time in zip(generated, seconds, strict=True)
+    ]
+    return Check(
+        prompts=len(before),
+        tokens=tokens,
+        delta_nll=mean,
+        standard_error=error,
+        kl=kl / max(1, tokens),
+        agreement=agree / max(1, tokens),
+        speed=rates[1] / rates[0],
+        tokens_before=generated[0],
+        tokens_after=generated[1],
+        dropped=round(sum(chunk["dropped"] for chunk in limited)),
+        changed=changed,
+    )
+
+
+def divergence(before: dict[str, float], after: dict[str, float]) -> float:
+    """KL(before || after) in nats, of log-probabilities by token, all tokens that not both have as
+    one.
+
+        >>> round(divergence({"a": math.log(0.5), "b": math.log(0.5)},
+        ...                  {"a": math.log(0.25), "b": math.log(0.75)}), 4)
+        0.1438
+    """
+    common = before.keys() & after.keys()
+    pairs = [(math.exp(before[token]), math.exp(after[token])) for token in common]
+    rest = tuple(max(0.0, 1.0 - sum(pair[at] for pair in pairs)) for at in (0, 1))
+    least = 1e-9  # of what rounding leaves of nothing
+    return sum(p * math.log(p / max(q, least)) for p, q in [*pairs, rest] if p > least)
+
+
+def _best(top: dict[str, float]) -> str:
+    return max(top, key=lambda token: (top[token], token))

@@ -1,0 +1,205 @@
+"""`vllm-capmoe plan`: the command line of the planner."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_capmoe.planner import check, page, prompts, report, verdict
+from vllm_capmoe.planner.counts import Observation
+from vllm_capmoe.planner.grid import trials
+
+ENGINE = "vllm_capmoe.integration.planner_engine"
+
+
+def share(text: str) -> float:
+    """A share such as "1%" or "0.01".
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or isn't between 0 and 1.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
+    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}, but '1%' or 0.01 is accepted")
+    return value
+
+
+def count(text: str) -> int:
+    """An integer of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}, but an integer >= 1 is accepted")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="as for vllm serve")
+    parser.add_argument("--prompts", required=True, type=Path, help="JSON lines: texts or chats")
+    parser.add_argument(
+        "--ep-size", type=count, help="expert parallel ranks (default: the engine's)"
+    )
+    parser.add_argument(
+        "--max-loss", type=share, default=0.01, metavar="SHARE",
+        help="share of the gate mass that may be lost (default: 1%%)",
+    )  # fmt: skip
+    parser.add_argument("--max-prompts", type=count, help="take the first N prompts only")
+    parser.add_argument(
+        "--max-output-tokens", type=count, default=32, metavar="N",
+        help="tokens to generate for each prompt (default: 32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("capacity-plan"), metavar="FOLDER",
+        help="gets plan.json, plan.html and layers.json (default: capacity-plan); a run that was "
+        "cut short goes on from there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="then run the prompts with and without the planned settings, and compare",
+    )  # fmt: skip
+
+
+def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
+    """Observe, decide, write the files; returns what to print.
+
+    engine: further arguments of vLLM's engine.
+
+    Raises:
+        ValueError: what was asked for can't be done, as one sentence.
+    """
+    asked = prompts.read(arguments.prompts, arguments.max_prompts)
+    words = ["--model", arguments.model, *engine, "--enforce-eager"]
+    base, top_k, ranks = _inspect(words, arguments.ep_size)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    spec = {"engine": words, "prompts": asked, "max_tokens": arguments.max_output_tokens}
+    observed = _run(
+        "observe",
+        out,
+        spec
+        | {
+            "settings": {"mode": "drop", "observe": True, "layers": {}},
+            "trials": {trial.name: trial.config.to_dict() for trial in trials(base, top_k)},
+            "ep_size": ranks,
+        },
+    )
+    observation = Observation.of_chunks(
+        arguments.model, ranks, observed["prompts"], observed["chunks"]
+    )
+    found = verdict.decide(observation, arguments.max_loss)
+    advice = verdict.decode_advice(observation)
+    plain = report.plain(observation, found, advice)
+    text = report.text(observation, found, advice)
+    layers = out / "layers.json"
+    layers.write_text(json.dumps(found.limits.settings(), indent=2) + "\n")
+    settings = {"mode": found.limits.mode, "layers": found.limits.settings()}
+    if arguments.check:
+        result = check.compare(
+            _run("answer", out, spec | {"settings": {"mode": "off", "layers": {}}}, "without")[
+                "chunks"
+            ],
+            _run("answer", out, spec | {"settings": settings}, "with")["chunks"],
+        )
+        plain["check"] = asdict(result)
+        text += "\n\n" + result.text()
+    (out / "plan.json").write_text(json.dumps(plain, indent=2) + "\n")
+    (out / "plan.html").write_text(page.html(observation, found, advice))
+    files = f"Files: {out / 'plan.html'}, {out / 'plan.json'}, {layers}"
+    if not found.worth:
+        return f"{text}\n\n{files}"
+    use = f"--moe-capacity-mode {found.limits.mode} --moe-capacity-layers @{layers}"
+    return f"{text}\n\nTo use it: {use}\n{files}"
+
+
+def _inspect(words: list[str], ep_size: int | None) -> tuple[Any, int, int]:
+    """The base configuration, k, and the ranks to plan for, from the model's configuration.
+
+    Raises:
+        ValueError: the engine wouldn't start, or the ranks don't divide the experts.
+    """
+    # What vLLM says here it says again in the engine's log.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_capmoe.integration import planner_engine
+    from vllm_capmoe.integration.engine_args import capacity_config
+
+    try:
+        made = planner_engine.engine_args(words, {"mode": "drop", "observe": True, "layers": {}})
+        engine = made.create_engine_config()
+    except Exception as error:  # pydantic, transformers, OSError: all say why in their text
+        raise ValueError(_one_sentence(str(error))) from error
+    parallel, model = engine.parallel_config, engine.model_config
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"--data-parallel-size is {parallel.data_parallel_size}, but a plan runs in one "
+            "engine: 1 is accepted, with --ep-size for the ranks to plan for."
+        )
+    ranks = ep_size or (parallel.tensor_parallel_size if parallel.enable_expert_parallel else 1)
+    experts = model.get_num_experts()
+    if experts % ranks:
+        raise ValueError(f"--ep-size is {ranks}, but it must divide the model's {experts} experts.")
+    base = replace(capacity_config(made.additional_config), mode="off", observe=False)
+    return base, model.get_num_experts_per_tok(), ranks
+
+
+def _one_sentence(text: str) -> str:
+    """What an error says first, without pydantic's frame."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = next((line for line in lines if "--moe-" in line or "error," in line), lines[0])
+    return re.sub(r"^(Value|Assertion) error, ", "", said).split(" [type=")[0]
+
+
+def _run(kind: str, out: Path, spec: dict[str, Any], name: str = "observed") -> dict[str, Any]:
+    """An engine's process from start to end; its result.
+
+    Raises:
+        ValueError: it failed; what it said is in the log.
+    """
+    given, result, log = (out / f"{name}.{end}" for end in ("spec.json", "json", "log"))
+    mark = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+    given.write_text(json.dumps(spec | {"mark": mark}))
+    if result.exists():
+        found = json.loads(result.read_text())
+        if found["mark"] == mark and found["prompts"] == len(spec["prompts"]):
+            return dict(found)  # a whole one, from an earlier call
+    print(f"{name}: {len(spec['prompts'])} prompts; the engine's log is {log}", file=sys.stderr)
+    command = [sys.executable, "-m", ENGINE, kind, str(given), str(result)]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("w") as stdout:
+        # The progress bar, on stderr, is for the person who waits; vLLM's log is not.
+        done = subprocess.run(command, stdout=stdout, env=environment, check=False)
+    if done.returncode:
+        raise ValueError(f"the engine ended with status {done.returncode}: see {log}.")
+    return dict(json.loads(result.read_text()))
+
+
+def main(words: list[str] | None = None) -> int:
+    """The entry point of the command `vllm-capmoe`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vllm-capmoe", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    planner = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="is a capacity limit worth it for a model and its prompts?",
+        epilog="All other arguments go to vLLM's engine, as for vllm serve.",
+    )
+    add_arguments(planner)
+    arguments, engine = parser.parse_known_args(words)
+    try:
+        print(plan(arguments, engine))
+    except ValueError as error:
+        print(f"vllm-capmoe plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
