@@ -36,6 +36,25 @@ _MIXTRAL = {
     "rope_theta": 1000000.0,
     "sliding_window": None,
 }
+# Many small experts, 1.2 GB of them in 6 layers: for steps of decode tokens.
+_FINE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_hidden_layers": 6,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 8192,
+    "rope_theta": 1000000.0,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": _MIXTRAL,
     "olmoe": {
@@ -69,6 +88,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
         "vocab_size": 151936,
         "rope_theta": 1000000.0,
+    },
+    "fine": _FINE,
+    "tiny-fine": _FINE
+    | {
+        "hidden_size": 128,
+        "moe_intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "num_hidden_layers": 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "vocab_size": 512,
     },
     "tiny": _MIXTRAL
     | {

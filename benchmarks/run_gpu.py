@@ -12,7 +12,8 @@ Steps, in this order; each gets its share of the time that is left:
     time     round-robin over token counts and shapes, ours and the opponents
     ab       a fixed list of choices against what the heuristics choose
     tests    the kernels' tests, each with a time limit, to the end
-    capacity, tune, tuned, engine, ep, tiles, sanitize: scripts of their own, only when asked for
+    capacity, tune, tuned, engine, decode, ep, tiles, sanitize: scripts of their own, only when
+             asked for
 
 An item (a row: `gpu/items.py`) that raises, hangs, is wrong or ends its process costs its own row,
 is recorded, and isn't run again while the kernels are the same. A time is only taken right after

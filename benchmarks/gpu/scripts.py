@@ -48,6 +48,9 @@ SCRIPTS = {
     "tune": Script(("tune_experts.py",), 120),
     "tuned": Script(("bench_moe_layer.py", "--label", "tuned", "--modes", "off"), 40),
     "engine": Script(("bench_engine.py", "--layers", "8"), 150, True),
+    "decode": Script(
+        ("bench_decode.py", "--model", "olmoe", "--layers", "8", "--compiled"), 150, True
+    ),
     "ep": Script(
         ("emulate_ep.py", "--shapes", "mixtral-8x7b", "olmoe", "deepseek-v2-lite", "qwen1.5-moe"),
         60,
@@ -73,7 +76,7 @@ def command(step: str, dry: bool, seconds: float) -> list[str] | None:
         return [checker, *options, "--error-exitcode", "9", sys.executable, *pytest, *last]
     script, *options = SCRIPTS[step].arguments
     if dry:
-        options += ["--quick"] + ["--interpret"] * (step != "engine")
+        options += ["--quick"] + ["--interpret"] * (step not in ("engine", "decode"))
     budget = ["--budget", str(int(seconds))]
     return [sys.executable, str(BENCHMARKS / script), *options, *budget]
 
