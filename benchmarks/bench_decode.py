@@ -282,12 +282,19 @@ def one_turn(llm: Any, spec: dict[str, Any], task: dict[str, Any]) -> dict[str, 
 
     size = llm.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(task["requests"])
-    # Prompts that repeat, so that n-grams are found in them.
+    # Prompts that repeat, and answers of their tokens, so that n-grams are found.
     ids = torch.randint(3, size, (task["requests"], PROMPT // 4), generator=generator).repeat(1, 4)
     prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
-    sampling = SamplingParams(
-        temperature=0, max_tokens=task["output"], ignore_eos=True, detokenize=False
-    )
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=task["output"],
+            ignore_eos=True,
+            detokenize=False,
+            allowed_token_ids=sorted(set(row)),
+        )
+        for row in ids.tolist()
+    ]
     if task["count"]:
         llm.collective_rpc("moe_capacity_record", args=(True,))
     start = time.perf_counter()
