@@ -25,7 +25,7 @@ def observed() -> Observation:
             "keep 1": Counts(steps=5, mass=10.0, missing=0.5, active_before=20, active_after=15)
         }
         layers.append(Layer(number, 4, 2, [load], prompt, decode))
-    return Observation("a <model>", 4, 3, 400, 30, 40, layers)
+    return Observation("a <model>", 4, 3, 0, 400, 30, 40, layers)
 
 
 FOUND = observed()

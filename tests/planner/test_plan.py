@@ -17,9 +17,10 @@ TEXT = "The quick brown fox jumps over the lazy dog while the experts wait for t
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 prompts of some 60 tokens, so that there are two chunks."""
+    """40 prompts of some 60 tokens and one that is too long, so that there are two chunks."""
     file = tmp_path_factory.mktemp("plan") / "prompts.jsonl"
     lines = [{"prompt": f"{number}: {TEXT * 3}{TEXT[number:]}"} for number in range(40)]
+    lines.append({"prompt": TEXT * 99})  # longer than the model takes
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
@@ -54,7 +55,7 @@ def test_a_plan_predicts_what_its_settings_then_do(
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     plan: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["prompts"], len(plan["layers"])) == (40, 4)
+    assert (plan["prompts"], plan["left_out"], len(plan["layers"])) == (40, 1, 4)
     # The example's router loads its busiest expert more than twice the mean.
     assert all(layer["imbalance"] > 1.5 for layer in plan["layers"])
     predicted, check = plan["verdict"]["predicted"], plan["check"]
@@ -81,6 +82,14 @@ def test_a_plan_predicts_what_its_settings_then_do(
     [
         (("--ep-size", "3"), "--ep-size is 3, but it must divide the model's 8 experts."),
         (("--data-parallel-size", "2"), "--data-parallel-size is 2, but a plan runs in one engine"),
+        (
+            ("--moe-capacity-decode-keep", "1"),
+            "--moe-capacity-decode-keep is given, but a plan finds it by itself",
+        ),
+        (
+            ("--ep-size", "4", "--check", "--moe-capacity-level", "device"),
+            "runs on 1 ranks, but the plan is for 4",
+        ),
         (("--moe-capacity-factor", "0"), "--moe-capacity-factor is '0', but it must be a number"),
     ],
 )

@@ -39,7 +39,7 @@ def layer(number: int, rank_before: int, tried: dict[float, tuple[int, float]]) 
 
 
 def observation(layers: list[Layer], ep_size: int = RANKS) -> Observation:
-    return Observation("a model", ep_size, 10, 16_000, 0, 0, layers)
+    return Observation("a model", ep_size, 10, 0, 16_000, 0, 0, layers)
 
 
 def test_the_budget_goes_where_it_removes_the_most_load() -> None:

@@ -68,6 +68,19 @@ def test_a_yaml_file_carries_the_flags(tmp_path: Path):
     assert config == CapacityConfig(mode="drop", factor="inf")
 
 
+def test_a_file_of_layers_is_read_once(example_model, tmp_path: Path):
+    """Other processes may not have it, or find another one in its place."""
+    file = tmp_path / "layers.json"
+    file.write_text('{"1": {"mode": "drop"}}')
+    made = EngineArgs(
+        model=str(example_model),
+        max_model_len=128,
+        additional_config={"moe_capacity": {"layers": f"@{file}"}},
+    ).create_engine_config()
+    file.unlink()
+    assert capacity_config(made.additional_config).for_layer(1).mode == "drop"
+
+
 def test_nothing_given_changes_nothing():
     assert parse().additional_config == EngineArgs(model="m").additional_config == {}
 

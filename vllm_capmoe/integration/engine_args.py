@@ -162,6 +162,8 @@ def _validate(original: Function) -> Function:
                     k: v for k, v in self.additional_config.items() if k != KEY
                 }
             return original(self, *args, **kwargs)
+        # As it was read here, for all processes: a file of layers may be here alone, or change.
+        self.additional_config = {**self.additional_config, KEY: config.to_dict()}
         compat.check_version()
         checks.check_environment(config)
         isolation.turn_prefix_caching_off(config, self)

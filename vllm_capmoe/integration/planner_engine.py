@@ -1,11 +1,11 @@
 """The engines of the planner, each in a process of its own.
 
-    python -m vllm_capmoe.integration.planner_engine observe|answer SPEC.json RESULT.json
+    python -m vllm_capmoe.integration.planner_engine observe|answer SPEC.json RESULT.jsonl
 
 The specification: "engine", the arguments of `vllm serve`'s engine as a list of words; "prompts";
 "max_tokens"; "settings", the keys of `additional_config["moe_capacity"]`; for `observe` also
-"trials" and "ep_size". A run that was cut short goes on where its result file ends, if that has the
-specification's "mark".
+"trials" and "ep_size". The result has a line for each chunk of prompts, written when the chunk is
+done, so a run that was cut short goes on where it ended.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 32  # prompts of one call of the engine, after which the result is saved
-TOP = 20  # log-probabilities per prompt position: what vLLM gives at most, unless told otherwise
+TOP = 8  # log-probabilities per prompt position, for KL divergences; the rest counts as one token
 
 
 def engine_args(words: list[str], settings: dict[str, Any]) -> Any:
@@ -53,14 +53,14 @@ def conversations(prompts: list[Any]) -> Iterator[tuple[bool, list[Any]]]:
 
 
 def run(spec: dict[str, Any], result: Path, observe: bool) -> None:
-    """Run all prompts that `result` doesn't have yet; it is saved after each chunk."""
+    """Run all prompts that `result` doesn't have yet; it gets a line for each chunk."""
     made = engine_args(spec["engine"], spec["settings"])
     from tqdm import tqdm
     from vllm import LLM, SamplingParams
 
-    done: dict[str, Any] = {"mark": spec["mark"], "prompts": 0, "chunks": []}
-    if result.exists() and (found := json.loads(result.read_text()))["mark"] == spec["mark"]:
-        done = found
+    from vllm_capmoe.planner.results import read
+
+    done = sum(chunk["prompts"] for chunk in read(result))
     llm = LLM.from_engine_args(made)
     sampling = SamplingParams(
         temperature=0,
@@ -69,16 +69,18 @@ def run(spec: dict[str, Any], result: Path, observe: bool) -> None:
     )
     limited = not observe and spec["settings"]["mode"] != "off"
     dropped = 0.0
-    bar = tqdm(total=len(spec["prompts"]), initial=done["prompts"], unit=" prompts", leave=False)
-    for chats, chunk in conversations(spec["prompts"][done["prompts"] :]):
+    bar = tqdm(total=len(spec["prompts"]), initial=done, unit=" prompts", leave=False)
+    for chats, chunk in conversations(spec["prompts"][done:]):
         if observe:
             llm.collective_rpc("moe_capacity_try", args=(spec["trials"], spec["ep_size"]))
+        fitting = [prompt for prompt in chunk if _fits(llm, prompt, spec["max_tokens"])]
         call = llm.chat if chats else llm.generate
         start = time.perf_counter()
-        outputs = call(chunk, sampling, use_tqdm=False)
+        outputs = call(fitting, sampling, use_tqdm=False) if fitting else []
         seconds = time.perf_counter() - start
+        counted: dict[str, Any] = {"prompts": len(chunk), "left_out": len(chunk) - len(fitting)}
         if observe:
-            counted: Any = {
+            counted |= {
                 "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
                 "output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
                 "layers": _layers(llm.collective_rpc("moe_capacity_tried")),
@@ -86,12 +88,20 @@ def run(spec: dict[str, Any], result: Path, observe: bool) -> None:
         else:
             before, dropped = dropped, _dropped(llm) if limited else 0.0
             answers = [_answer(output) for output in outputs]
-            counted = {"seconds": seconds, "answers": answers, "dropped": dropped - before}
-        done["prompts"] += len(chunk)
-        done["chunks"].append(counted)
-        _save(result, done)
+            counted |= {"seconds": seconds, "answers": answers, "dropped": dropped - before}
+        with result.open("a") as file:
+            file.write(json.dumps(counted) + "\n")
         bar.update(len(chunk))
     bar.close()
+
+
+def _fits(llm: Any, prompt: Any, max_tokens: int) -> bool:
+    """Whether the model takes a prompt with so many tokens after it."""
+    tokenizer = llm.get_tokenizer()
+    if not isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    most: int = llm.llm_engine.model_config.max_model_len
+    return len(tokenizer.encode(prompt)) + max_tokens <= most
 
 
 def _dropped(llm: Any) -> float:
@@ -105,12 +115,11 @@ def _layers(workers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _answer(output: Any) -> dict[str, Any]:
-    """The text, and for each position of the prompt but the first: the token, its log-probability,
-    and the most likely tokens with theirs.
+    """The text, and for each position of the prompt but the first: the log-probability of its
+    token, and the most likely tokens with theirs.
     """
     positions = [
         {
-            "token": token,
             "logprob": found[token].logprob,
             "top": {str(other): entry.logprob for other, entry in found.items()},
         }
@@ -124,13 +133,6 @@ def _answer(output: Any) -> dict[str, Any]:
         "tokens": len(completion.token_ids),
         "positions": positions,
     }
-
-
-def _save(path: Path, value: Any) -> None:
-    """Whole or not at all: a run may be cut short while it writes."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.replace(path)
 
 
 if __name__ == "__main__":

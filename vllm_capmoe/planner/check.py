@@ -1,6 +1,7 @@
 """The same prompts with the planned settings and without: what changed. Standard library only."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,46 +56,44 @@ class Check:
         return "\n".join(parts)
 
 
-def compare(without: list[dict[str, Any]], limited: list[dict[str, Any]]) -> Check:
-    """The chunks of two runs of the same prompts (`planner_engine answer`)."""
-    before = [answer for chunk in without for answer in chunk["answers"]]
-    after = [answer for chunk in limited for answer in chunk["answers"]]
-    sums: list[tuple[int, float]] = []  # by prompt: tokens, rise of the nll
-    kl = 0.0
-    agree = 0
+def compare(without: Iterable[dict[str, Any]], limited: Iterable[dict[str, Any]]) -> Check:
+    """The chunks of two runs of the same prompts (`planner_engine answer`), read side by side."""
+    rises: list[tuple[int, float]] = []  # by prompt: tokens, rise of the nll
+    kl, agree, prompt_tokens, dropped = 0.0, 0, 0, 0.0
+    generated, seconds = [0, 0], [0.0, 0.0]
     changed = []
-    for number, (old, new) in enumerate(zip(before, after, strict=True)):
-        rise = 0.0
-        for left, right in zip(old["positions"], new["positions"], strict=True):
-            rise += left["logprob"] - right["logprob"]
-            kl += divergence(left["top"], right["top"])
-            agree += _best(left["top"]) == _best(right["top"])
-        sums.append((len(old["positions"]), rise))
-        if old["text"] != new["text"]:
-            changed.append(Changed(number, old["text"], new["text"]))
-    tokens = sum(count for count, _ in sums)
-    mean = sum(rise for _, rise in sums) / max(1, tokens)
+    for old_chunk, new_chunk in zip(without, limited, strict=True):
+        dropped += new_chunk["dropped"]
+        for at, chunk in enumerate((old_chunk, new_chunk)):
+            seconds[at] += chunk["seconds"]
+            generated[at] += sum(answer["tokens"] for answer in chunk["answers"])
+        for old, new in zip(old_chunk["answers"], new_chunk["answers"], strict=True):
+            rise = 0.0
+            for left, right in zip(old["positions"], new["positions"], strict=True):
+                rise += left["logprob"] - right["logprob"]
+                kl += divergence(left["top"], right["top"])
+                agree += _best(left["top"]) == _best(right["top"])
+            if old["text"] != new["text"]:
+                changed.append(Changed(len(rises), old["text"], new["text"]))
+            rises.append((len(old["positions"]), rise))
+            prompt_tokens += len(old["positions"]) + 1
+    tokens = sum(count for count, _ in rises)
+    mean = sum(rise for _, rise in rises) / max(1, tokens)
     # Of a ratio of sums: the spread of what each prompt adds beyond the mean.
-    spread = sum((rise - mean * count) ** 2 for count, rise in sums)
-    error = math.sqrt(spread * len(sums) / max(1, len(sums) - 1)) / max(1, tokens)
-    generated = [sum(answer["tokens"] for answer in answers) for answers in (before, after)]
-    prompt_tokens = sum(len(answer["positions"]) + 1 for answer in before)
-    seconds = [sum(chunk["seconds"] for chunk in chunks) for chunks in (without, limited)]
-    rates = [
-        (prompt_tokens + count) / max(1e-9, time)
-        for count, time in zip(generated, seconds, strict=True)
-    ]
+    spread = sum((rise - mean * count) ** 2 for count, rise in rises)
+    error = math.sqrt(spread * len(rises) / max(1, len(rises) - 1)) / max(1, tokens)
+    rates = [(prompt_tokens + generated[at]) / max(1e-9, seconds[at]) for at in (0, 1)]
     return Check(
-        prompts=len(before),
+        prompts=len(rises),
         tokens=tokens,
         delta_nll=mean,
         standard_error=error,
         kl=kl / max(1, tokens),
         agreement=agree / max(1, tokens),
-        speed=rates[1] / rates[0],
+        speed=rates[1] / rates[0] if rates[0] else 1.0,
         tokens_before=generated[0],
         tokens_after=generated[1],
-        dropped=round(sum(chunk["dropped"] for chunk in limited)),
+        dropped=round(dropped),
         changed=changed,
     )
 

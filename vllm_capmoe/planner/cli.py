@@ -1,19 +1,23 @@
 """`vllm-capmoe plan`: the command line of the planner."""
 
 import argparse
-import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import vllm_capmoe
+from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.planner import check, page, prompts, report, verdict
 from vllm_capmoe.planner.counts import Observation
 from vllm_capmoe.planner.grid import trials
+from vllm_capmoe.planner.results import read
 
 ENGINE = "vllm_capmoe.integration.planner_engine"
 
@@ -78,36 +82,46 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
     """
     asked = prompts.read(arguments.prompts, arguments.max_prompts)
     words = ["--model", arguments.model, *engine, "--enforce-eager"]
-    base, top_k, ranks = _inspect(words, arguments.ep_size)
+    inspected = _inspect(words, arguments.ep_size)
+    base, ranks = inspected.base, inspected.ranks
+    if arguments.check and base.level == "device" and ranks != inspected.engine_ranks:
+        raise ValueError(
+            f"--check with --moe-capacity-level 'device' runs on {inspected.engine_ranks} ranks, "
+            f"but the plan is for {ranks}: the same number is accepted."
+        )
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    spec = {"engine": words, "prompts": asked, "max_tokens": arguments.max_output_tokens}
+    spec = {
+        "engine": words,
+        "prompts": asked,
+        "max_tokens": arguments.max_output_tokens,
+        "versions": inspected.versions,
+    }
+    tried = trials(base, inspected.top_k)
+    observing = {**base.to_dict(), "mode": "drop", "observe": True}
     observed = _run(
         "observe",
         out,
         spec
         | {
-            "settings": {"mode": "drop", "observe": True, "layers": {}},
-            "trials": {trial.name: trial.config.to_dict() for trial in trials(base, top_k)},
+            "settings": observing,
+            "trials": {trial.name: trial.config.to_dict() for trial in tried},
             "ep_size": ranks,
         },
     )
-    observation = Observation.of_chunks(
-        arguments.model, ranks, observed["prompts"], observed["chunks"]
-    )
+    observation = Observation.of_chunks(arguments.model, ranks, list(observed))
     found = verdict.decide(observation, arguments.max_loss)
     advice = verdict.decode_advice(observation)
     plain = report.plain(observation, found, advice)
     text = report.text(observation, found, advice)
     layers = out / "layers.json"
     layers.write_text(json.dumps(found.limits.settings(), indent=2) + "\n")
-    settings = {"mode": found.limits.mode, "layers": found.limits.settings()}
+    settings = _settings(base, found.limits.mode, ranks)
     if arguments.check:
+        off = {"settings": {**base.to_dict(), "mode": "off"}}
+        on = {"settings": {**settings.to_dict(), "layers": found.limits.settings()}}
         result = check.compare(
-            _run("answer", out, spec | {"settings": {"mode": "off", "layers": {}}}, "without")[
-                "chunks"
-            ],
-            _run("answer", out, spec | {"settings": settings}, "with")["chunks"],
+            _run("answer", out, spec | off, "without"), _run("answer", out, spec | on, "with")
         )
         plain["check"] = asdict(result)
         text += "\n\n" + result.text()
@@ -116,19 +130,50 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
     files = f"Files: {out / 'plan.html'}, {out / 'plan.json'}, {layers}"
     if not found.worth:
         return f"{text}\n\n{files}"
-    use = f"--moe-capacity-mode {found.limits.mode} --moe-capacity-layers @{layers}"
-    return f"{text}\n\nTo use it: {use}\n{files}"
+    return f"{text}\n\nTo use it: {_flags(settings, layers)}\n{files}"
 
 
-def _inspect(words: list[str], ep_size: int | None) -> tuple[Any, int, int]:
-    """The base configuration, k, and the ranks to plan for, from the model's configuration.
+def _settings(base: CapacityConfig, mode: str, ranks: int) -> CapacityConfig:
+    """What was tried, with no `auto` whose meaning depends on the ranks that are there."""
+    several = ranks > 1 and mode == "expanded" and base.max_experts == "auto"
+    return replace(base, mode=mode, max_experts="none" if several else base.max_experts)
+
+
+def _flags(settings: CapacityConfig, layers: Path) -> str:
+    """The settings as flags of `vllm serve`, for a shell."""
+    words = []
+    for option in OPTIONS:
+        value = getattr(settings, option.key)
+        if value != option.default:
+            words += [option.flag, str(value)]
+    return shlex.join([*words, "--moe-capacity-layers", f"@{layers}"])
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What the model's configuration and the engine's arguments say.
+
+    base: the settings that all trials share. top_k: k. ranks: those to plan for. engine_ranks:
+    expert parallel ranks of the engine that runs the plan. versions: of the plugin and of vLLM.
+    """
+
+    base: CapacityConfig
+    top_k: int
+    ranks: int
+    engine_ranks: int
+    versions: list[str]
+
+
+def _inspect(words: list[str], ep_size: int | None) -> Inspected:
+    """Read the engine's arguments and the model's configuration; no weights.
 
     Raises:
-        ValueError: the engine wouldn't start, or the ranks don't divide the experts.
+        ValueError: the engine wouldn't start, the ranks don't divide the experts, or a setting is
+            given that a plan finds by itself.
     """
     # What vLLM says here it says again in the engine's log.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_capmoe.integration import planner_engine
+    from vllm_capmoe.integration import compat, planner_engine
     from vllm_capmoe.integration.engine_args import capacity_config
 
     try:
@@ -142,12 +187,21 @@ def _inspect(words: list[str], ep_size: int | None) -> tuple[Any, int, int]:
             f"--data-parallel-size is {parallel.data_parallel_size}, but a plan runs in one "
             "engine: 1 is accepted, with --ep-size for the ranks to plan for."
         )
-    ranks = ep_size or (parallel.tensor_parallel_size if parallel.enable_expert_parallel else 1)
+    engine_ranks = parallel.tensor_parallel_size if parallel.enable_expert_parallel else 1
+    ranks = ep_size or engine_ranks
     experts = model.get_num_experts()
     if experts % ranks:
         raise ValueError(f"--ep-size is {ranks}, but it must divide the model's {experts} experts.")
-    base = replace(capacity_config(made.additional_config), mode="off", observe=False)
-    return base, model.get_num_experts_per_tok(), ranks
+    base = capacity_config(planner_engine.engine_args(words, {}).additional_config)
+    for key in ("mode", "decode_keep", "observe", "layers"):
+        option = next(option for option in OPTIONS if option.key == key)
+        if getattr(base, key) != option.default:
+            raise ValueError(
+                f"{option.flag} is given, but a plan finds it by itself: the other settings of the "
+                "plugin are accepted."
+            )
+    versions = [vllm_capmoe.__version__, compat.vllm_version()]
+    return Inspected(base, model.get_num_experts_per_tok(), ranks, engine_ranks, versions)
 
 
 def _one_sentence(text: str) -> str:
@@ -157,28 +211,32 @@ def _one_sentence(text: str) -> str:
     return re.sub(r"^(Value|Assertion) error, ", "", said).split(" [type=")[0]
 
 
-def _run(kind: str, out: Path, spec: dict[str, Any], name: str = "observed") -> dict[str, Any]:
-    """An engine's process from start to end; its result.
+def _run(
+    kind: str, out: Path, spec: dict[str, Any], name: str = "observed"
+) -> Iterator[dict[str, Any]]:
+    """An engine's process from start to end, unless its result is there; the result's chunks.
 
     Raises:
-        ValueError: it failed; what it said is in the log.
+        ValueError: it failed; what it said is in the log and above.
     """
-    given, result, log = (out / f"{name}.{end}" for end in ("spec.json", "json", "log"))
-    mark = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-    given.write_text(json.dumps(spec | {"mark": mark}))
-    if result.exists():
-        found = json.loads(result.read_text())
-        if found["mark"] == mark and found["prompts"] == len(spec["prompts"]):
-            return dict(found)  # a whole one, from an earlier call
-    print(f"{name}: {len(spec['prompts'])} prompts; the engine's log is {log}", file=sys.stderr)
-    command = [sys.executable, "-m", ENGINE, kind, str(given), str(result)]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as stdout:
-        # The progress bar, on stderr, is for the person who waits; vLLM's log is not.
-        done = subprocess.run(command, stdout=stdout, env=environment, check=False)
-    if done.returncode:
-        raise ValueError(f"the engine ended with status {done.returncode}: see {log}.")
-    return dict(json.loads(result.read_text()))
+    given, result, log = (out / f"{name}.{end}" for end in ("spec.json", "jsonl", "log"))
+    text = json.dumps(spec)
+    if not given.exists() or given.read_text() != text:
+        result.unlink(missing_ok=True)
+        given.write_text(text)
+    if sum(chunk["prompts"] for chunk in read(result)) < len(spec["prompts"]):
+        print(f"{name}: {len(spec['prompts'])} prompts; the engine's log is {log}", file=sys.stderr)
+        command = [sys.executable, "-m", ENGINE, kind, str(given), str(result)]
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+        with log.open("w") as stdout:
+            # The progress bar, on stderr, is for the person who waits; vLLM's log is not.
+            done = subprocess.run(command, stdout=stdout, env=environment, check=False)
+        if done.returncode:
+            raise ValueError(
+                f"the engine ended with status {done.returncode}: its error is above, its log is "
+                f"{log}."
+            )
+    return read(result)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -124,22 +124,22 @@ class Layer:
 class Observation:
     """An observed run.
 
-    prompts, prompt_tokens, output_tokens: what ran. ep_size: the ranks that were assumed.
+    prompts, prompt_tokens, output_tokens: what ran. left_out: prompts longer than the model takes.
+    ep_size: the ranks that were assumed.
     decode_tokens: decode tokens of the steps without a prompt, added up.
     """
 
     model: str
     ep_size: int
     prompts: int
+    left_out: int
     prompt_tokens: int
     output_tokens: int
     decode_tokens: int
     layers: list[Layer]
 
     @classmethod
-    def of_chunks(
-        cls, model: str, ep_size: int, prompts: int, chunks: list[dict[str, Any]]
-    ) -> "Observation":
+    def of_chunks(cls, model: str, ep_size: int, chunks: list[dict[str, Any]]) -> "Observation":
         """Of an observed run's result, which came in chunks of prompts."""
         layers: dict[int, Layer] = {}
         for chunk in chunks:
@@ -150,7 +150,8 @@ class Observation:
         return cls(
             model=model,
             ep_size=ep_size,
-            prompts=prompts,
+            prompts=sum(chunk["prompts"] - chunk["left_out"] for chunk in chunks),
+            left_out=sum(chunk["left_out"] for chunk in chunks),
             prompt_tokens=sum(chunk["prompt_tokens"] for chunk in chunks),
             output_tokens=sum(chunk["output_tokens"] for chunk in chunks),
             decode_tokens=sum(chunk["layers"][0]["decode_tokens"] for chunk in chunks),

@@ -71,7 +71,8 @@ def text(observation: Observation, verdict: Verdict, advice: DecodeAdvice | None
     """The whole plan for a terminal."""
     found = observation
     parts = [
-        f"{found.model}: {found.prompts} prompts, {found.prompt_tokens} prompt tokens, "
+        f"{found.model}: {found.prompts} prompts ({found.left_out} more are longer than it takes), "
+        f"{found.prompt_tokens} prompt tokens, "
         f"{found.output_tokens} generated, {len(found.layers)} MoE layers, "
         f"{found.ep_size} expert parallel ranks",
         "Every limit, the same in all layers (steps with prompt tokens):",
@@ -83,7 +84,8 @@ def text(observation: Observation, verdict: Verdict, advice: DecodeAdvice | None
         parts += [
             f"Decode keep (steps of {advice.tokens:.1f} decode tokens on average):",
             decode_table(advice),
-            "Whether fewer active experts make such a step faster is measured by --check.",
+            "Fewer active experts make such a step faster only where it is bound by the weights it "
+            "loads: measure it, with --moe-capacity-decode-keep and without.",
         ]
     advised = f"turn on {verdict.limits.mode}" if verdict.worth else "not worth it"
     parts.append(f"Verdict: {advised}: {verdict.reason}")
@@ -99,6 +101,7 @@ def plain(
         "model": observation.model,
         "ep_size": observation.ep_size,
         "prompts": observation.prompts,
+        "left_out": observation.left_out,
         "prompt_tokens": observation.prompt_tokens,
         "output_tokens": observation.output_tokens,
         "verdict": {
