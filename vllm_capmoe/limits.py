@@ -41,7 +41,7 @@ def capacities(plan: Plan, experts: int, max_tokens: int) -> Tensor:
     per_token = plan.gamma * experts * plan.top_k / plan.num_experts
     if max(per_token.numerator * max_tokens, per_token.denominator) < 2**62:
         ceilings_T = -(-torch.arange(max_tokens + 1) * per_token.numerator // per_token.denominator)
-        return ceilings_T.clamp_(min=experts * plan.min_capacity)
+        return ceilings_T.clamp_(min=min(experts * plan.min_capacity, NO_LIMIT))
     exact = [
         capacity(
             tokens,
@@ -56,7 +56,7 @@ def capacities(plan: Plan, experts: int, max_tokens: int) -> Tensor:
     return torch.tensor([min(limit, NO_LIMIT) for limit in exact])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1 << 14)  # a captured graph reads its table without owning it
 def _capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[Tensor, int]:
     sizes = torch.tensor(plan.bin_sizes)
     limit_by_size = {n: capacities(plan, n, max_tokens) for n in set(plan.bin_sizes)}

@@ -44,6 +44,11 @@ def _within(low: int, value: int, high: int) -> int:
     return max(low, min(value, high))
 
 
+# Tables that are kept. A captured graph reads a table without owning it, so none that an engine
+# uses may fall out: one for each power of two of tokens and each setting of its layers.
+TABLES = 1 << 14
+
+
 @lru_cache(maxsize=1024)
 def launch_config(T: int, E: int, L: int) -> RoutingLaunch:
     """The launch for T rows of E experts with L candidates each. Not measured yet.
@@ -71,7 +76,7 @@ def launch_config(T: int, E: int, L: int) -> RoutingLaunch:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=TABLES)
 def keep_table(keeps: tuple[int, ...], device: torch.device) -> Tensor:
     """`Plan.keeps` on a device, int32. As `limit_table`: not built inside of a capture."""
     return torch.tensor(keeps, dtype=torch.int32).to(device)
@@ -109,7 +114,7 @@ def limit_table(plan: Any, max_tokens: int, device: torch.device) -> tuple[Tenso
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=TABLES)
 def _limit_table(
     E: int,
     k: int,

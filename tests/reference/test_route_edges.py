@@ -261,3 +261,9 @@ def test_on_the_cpu_nothing_but_torch_is_needed(monkeypatch: pytest.MonkeyPatch)
 def test_examples_of_the_docstrings(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_a_huge_min_capacity_is_no_limit() -> None:
+    config = CapacityConfig(mode="drop", factor=0.5, min_capacity=2**70)
+    r = route(torch.rand(8, 4), 2, config)
+    assert r.capacity is None and r.dropped == 0

@@ -321,7 +321,8 @@ class CapacityRouter(BaseRouter):
             return None
         if plan.gamma is None:
             return rows * plan.top_k
-        groups = sources * (tokens.num_groups if plan.scope == "request" else 1)
+        # Another rank may have more requests in this step than this one.
+        groups = sources * (tokens.max_requests if plan.scope == "request" else 1)
         whole = capacity(
             rows, num_experts=plan.num_experts, top_k=plan.top_k, gamma=plan.gamma, min_capacity=1
         )
