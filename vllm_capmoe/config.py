@@ -425,8 +425,16 @@ or inf.
         return self.mode != "off" or self.decode_keep != "off"
 
     @property
+    def drops(self) -> bool:
+        """Whether a mode is applied in any layer: if not, every token holds exactly its k."""
+        return not self.observe and any(variant.mode != "off" for variant in self.variants)
+
+    @property
     def asked(self) -> str:
         """What was asked for, as refusals begin: `--moe-capacity-mode is 'drop'`."""
+        if self.layers and not self.acts:
+            names = ", ".join(repr(entry.name) for entry in self.layers)
+            return f"{FLAG_PREFIX}layers names the layers {names}"
         if self.mode == "off" and self.decode_keep != "off":
             return f"{FLAG_PREFIX}decode-keep is {self.decode_keep!r}"
         return f"{FLAG_PREFIX}mode is {self.mode!r}"

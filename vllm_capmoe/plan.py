@@ -55,6 +55,11 @@ class Plan:
         return width if self.max_experts is None else min(width, self.max_experts)
 
     @property
+    def acts(self) -> bool:
+        """Whether a token may hold others than its top-k."""
+        return self.mode != "off" or self.keeps != ()
+
+    @property
     def num_bins(self) -> int:
         """B, the bins of one group."""
         return self.num_experts if self.level == "expert" else len(self.bin_sizes)

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 
 from vllm_capmoe.experts import fused_experts_torch
 from vllm_capmoe.integration import custom_ops, stats
+from vllm_capmoe.integration import router as router_module
 from vllm_capmoe.integration.experts import TritonExperts
 
 
@@ -146,6 +147,21 @@ def test_rows_of_padding_are_not_filled_where_vllm_leaves_them_empty() -> None:
         )
     assert (experts[30:] == -1).all() and (experts[:30] >= 0).all()
     assert (weights[:30] == 0).any()
+
+
+def test_where_no_mode_is_nothing_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA: every place but those of padding has an expert."""
+    router = make(MIXTRAL, prompt_of_one_request(), "vllm", mode="off", decode_keep=2)
+    router.by_kernel = True
+    monkeypatch.setattr(router_module, "fill_unused", None)
+    context = forward_context()
+    assert context.is_padding is not None
+    context.is_padding[30:] = True
+    with override_forward_context(context):
+        _, experts = router.route(
+            torch.randn(T, E, generator=torch.Generator().manual_seed(5)), None
+        )
+    assert (experts[30:] == -1).all() and (experts[:30] >= 0).all()
 
 
 def test_the_totals_are_in_one_order() -> None:

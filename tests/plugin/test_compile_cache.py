@@ -62,6 +62,8 @@ def test_what_is_not_in_the_graph(stock, one, other):
         (EXPANDED, {**EXPANDED, "max_experts": 3}),
         (EXPANDED, {**EXPANDED, "expanded_experts": 3}),
         (EXPANDED, {**EXPANDED, "candidates": "global"}),
+        (EXPANDED, {**EXPANDED, "level": "device"}),
+        (DROP, {**DROP, "decode_keep": 2}),
     ],
 )
 def test_what_is_in_the_graph(stock, one, other):

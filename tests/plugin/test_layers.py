@@ -127,6 +127,24 @@ def test_a_stage_without_moe_layers_binds_nothing(config):
     assert layers.moe_layers(config) == [] == layers.moe_capacity_counters(config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"mode": "drop"}, 2),
+        ({"mode": "drop", "layers": {"0": {"mode": "off"}}}, 1),
+        ({"layers": {"1": {"decode_keep": 1}}}, 1),
+        ({"layers": {"2": {"mode": "expanded"}}}, 0),
+    ],
+)
+def test_what_is_asked_of_the_layers_is_counted_and_said(config, monkeypatch, settings, asked):
+    config.additional_config[KEY] = settings
+    said: list[Any] = []
+    monkeypatch.setattr(layers, "log_start", lambda *what: said.extend(what))
+    bind(config, layer(FIRST), layer(SECOND))
+    assert layers.num_asked(capacity_config(config.additional_config), config) == asked
+    assert said[1].acts is (asked > 0) and said[-1] == 2
+
+
 @pytest.mark.parametrize("name", ["experts", "a.3.b.7.experts"])
 def test_a_layers_name_needs_no_single_number(config, name):
     bind(config, one := layer(name))

@@ -19,8 +19,13 @@ from vllm_capmoe.integration import proof
 
 SETTINGS = {"mode": "drop", "factor": 0.5}
 CONFIG = SimpleNamespace(
-    additional_config={"moe_capacity": SETTINGS}, model_config=SimpleNamespace(model="a model")
+    additional_config={"moe_capacity": SETTINGS},
+    model_config=SimpleNamespace(model="a model"),
+    parallel_config=SimpleNamespace(distributed_executor_backend="mp"),
 )
+
+
+LAUNCHED = SimpleNamespace(distributed_executor_backend="external_launcher")
 
 
 def proven(layers: int = 2, version: str | None = None, **settings: Any) -> proof.Proof:
@@ -82,8 +87,12 @@ def test_a_stage_of_a_pipeline_may_be_without_moe_layers_but_not_all(layers):
     if any(layers):
         assert served(executor) == "served"
     else:
-        with pytest.raises(ValueError, match="no layer of a model is a vLLM MoE layer: 'off' is"):
+        with pytest.raises(ValueError, match="'drop', but it holds for no vLLM MoE layer of a m"):
             served(executor)
+        executor.vllm_config = SimpleNamespace(
+            **{**vars(CONFIG), "parallel_config": LAUNCHED}  # each stage by a process of its own
+        )
+        assert served(executor) == "served"
 
 
 def test_what_is_asked_needs_no_plugin_in_the_worker(tmp_path):

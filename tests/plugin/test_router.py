@@ -293,6 +293,14 @@ def test_dropped_assignments_go_to_the_phantom_where_there_is_one(tokens, contex
     assert (experts[30:] == E).all() and (experts[:30] == E).any() and (experts >= 0).all()
 
 
+def test_without_a_mode_padding_has_experts_on_the_cpu(tokens, context):
+    made = make(MIXTRAL, tokens, "vllm", mode="off", decode_keep=2)
+    context.is_padding[30:] = True
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(6))
+    weights, experts = made.route(logits, logits.topk(K).indices)
+    assert (experts >= 0).all() and (weights[30:] == 0).all() and (weights[:30] > 0).all()
+
+
 def test_without_a_phantom_all_places_have_experts_padding_too(tokens, context):
     """vLLM's kernels on the CPU read them all."""
     made = bound_to_vllms_kernels(tokens, phantom=None)

@@ -36,6 +36,12 @@ from vllm_capmoe.integration import kernels
 from vllm_capmoe.integration.compat import vllm_version
 from vllm_capmoe.integration.kernels import KERNELS, Dropped, check_layer, dropped_by
 
+REFUSED = (Dropped.REFUSED, Dropped.REFUSED_IN_MODE)
+# Nothing is dropped: vLLM's choice stays, and its batches of a fixed size are served.
+DROPLESS: tuple[dict[str, Any], ...] = (
+    {"mode": "off", "decode_keep": 1},
+    {"mode": "drop", "observe": True},
+)
 # Not on CUDA and not on the CPU: a mode is refused there.
 ELSEWHERE = ("aiter", "xpu", "rdna3", "mxfp8_native")
 
@@ -68,8 +74,10 @@ def test_the_table_has_every_kernel_of_vllm_and_no_other():
 def test_what_vllm_calls_monolithic_or_batched_is_refused_and_nothing_else_by_mistake():
     for kind in vllms_classes():
         batched = kind.activation_format() is mk.FusedMoEActivationFormat.BatchedExperts
-        if kind.is_monolithic() or (batched and kind.__name__ in KERNELS):
+        if kind.is_monolithic():
             assert dropped_by(kind) is Dropped.REFUSED, kind
+        elif batched and kind.__name__ in KERNELS:
+            assert dropped_by(kind) is Dropped.REFUSED_IN_MODE, kind
         elif kind.__name__ in KERNELS:
             assert dropped_by(kind) is KERNELS[kind.__name__][0], kind
 
@@ -126,13 +134,15 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def choosing(mode: str) -> Iterator[None]:
+def choosing(mode: str, **settings: Any) -> Iterator[None]:
     """vLLM's oracles as they are under a mode."""
     vllm_config = VllmConfig()
     vllm_config.model_config = SimpleNamespace(
         quantization_config=None, hf_text_config=SimpleNamespace()
     )  # all that the oracles read of the model
-    vllm_config.additional_config = {"moe_capacity": CapacityConfig(mode=mode).to_dict()}
+    vllm_config.additional_config = {
+        "moe_capacity": CapacityConfig(mode=mode, **settings).to_dict()
+    }
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(vllm_config):
         for seam in kernels.patches():
             patch.setattr(seam.owner, seam.name, seam.make(seam.original()[1]))
@@ -154,6 +164,11 @@ def test_fp8_in_blocks_goes_to_a_kernel_that_skips(ep: int):
         backend, named = fp8.select_fp8_moe_backend(config, *keys, allow_vllm_cutlass=True)
     assert backend.name == "FLASHINFER_CUTLASS" and dropped_by(named) is Dropped.WEIGHT_ZERO
     assert ep == 1 or named is stock
+    config.moe_backend = "auto"
+    for settings in DROPLESS:
+        with choosing(**settings):
+            _, kept = fp8.select_fp8_moe_backend(config, *keys, allow_vllm_cutlass=True)
+        assert kept is stock
 
 
 @pytest.mark.usefixtures("hopper")
@@ -201,7 +216,7 @@ def test_on_cuda_no_monolithic_kernel_takes_custom_and_all_others_do():
         except ValueError:  # weights of another kind
             assert kind.is_monolithic(), kind
             continue
-        if kind.is_monolithic() or dropped_by(kind) is not Dropped.REFUSED:
+        if kind.is_monolithic() or dropped_by(kind) not in REFUSED:
             assert served is not kind.is_monolithic(), kind
 
 
@@ -223,12 +238,19 @@ def test_a_layer_is_refused_by_the_table():
     config = CapacityConfig(mode="drop")
     for kind in vllms_classes():
         made = layer(kind, router)
-        if dropped_by(kind) is Dropped.REFUSED:
+        if dropped_by(kind) in REFUSED:
             pattern = rf"'drop', but layer model.*\(.*{kind.__name__}\): accept"
             with pytest.raises(ValueError, match=pattern):
                 check_layer(config, made)
         else:
             check_layer(config, made)
+        for settings in DROPLESS:
+            asks = CapacityConfig(**settings)
+            if dropped_by(kind) is Dropped.REFUSED:
+                with pytest.raises(ValueError, match=kind.__name__):
+                    check_layer(asks, made)
+            else:
+                check_layer(asks, made)
         made.router = router.inner
         with pytest.raises(ValueError, match=r"routes by itself.*\(CPURouter"):
             check_layer(config, made)

@@ -290,6 +290,11 @@ def test_settings_by_layer_go_over_the_general_ones(tmp_path: Path) -> None:
 
 def test_one_layer_is_enough_to_be_enabled() -> None:
     assert CapacityConfig(layers={"3": {"mode": "drop"}}).enabled
+    own = CapacityConfig(layers={"3": {"mode": "drop"}, "5": {"decode_keep": 1}})
+    assert own.asked == "--moe-capacity-layers names the layers '3', '5'" and own.drops
+    assert CapacityConfig(mode="drop", layers=own.layers).asked == "--moe-capacity-mode is 'drop'"
+    assert not CapacityConfig(decode_keep=1).drops
+    assert not CapacityConfig(mode="drop", observe=True).drops
     assert not CapacityConfig(layers={"3": {"factor": 1}}).enabled
     assert not CapacityConfig(observe=True).enabled
 

@@ -218,7 +218,7 @@ def resolve_backend(config: CapacityConfig, vllm_config: "VllmConfig") -> str:
     own = "torch" if current_platform.is_cpu() else "triton"
     backend = config.backend
     if backend == "auto":
-        ours = any(variant.mode != "off" for variant in config.variants)
+        ours = config.drops
         ours |= own == "torch" and vllm_config.parallel_config.enable_expert_parallel
         return own if ours and quantization is None else "vllm"
     interpreted = backend == "triton" and own == "torch" and triton_is_interpreted()

@@ -17,7 +17,6 @@ from vllm_capmoe.integration.compat import Function, Patch
 NOT_IN_GRAPH = {
     "factor",
     "fill",
-    "level",
     "metric",
     "min_capacity",
     "min_tokens",
@@ -25,8 +24,9 @@ NOT_IN_GRAPH = {
     "renormalize",
     "scope",
 }
-# Without Expanded Drop a row is as wide as the model's top-k.
-OF_WIDE_ROWS = {"candidates", "expanded_experts", "max_experts"}
+# Without Expanded Drop a row is as wide as the model's top-k. The level says what candidates `auto`
+# are, where several tensor parallel ranks hold a token (`layers.placement`).
+OF_WIDE_ROWS = {"candidates", "expanded_experts", "level", "max_experts"}
 
 
 def patches() -> list[Patch]:

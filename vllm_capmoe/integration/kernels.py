@@ -23,6 +23,7 @@ class Dropped(Enum):
     SKIPPED = "skipped"
     WEIGHT_ZERO = "computed, with weight zero"
     REFUSED = "the layer is refused"
+    REFUSED_IN_MODE = "the layer is refused under a mode"
 
 
 # Class in vllm.model_executor.layers.fused_moe, or a folder above it. By exact class, since a
@@ -82,14 +83,15 @@ KERNELS: dict[str, tuple[Dropped, str]] = {
     "TrtLlmMxint4ExpertsMonolithic": (Dropped.REFUSED, "mxint4; routes by itself"),
     "TrtLlmNvFp4ExpertsMonolithic": (Dropped.REFUSED, "nvfp4; routes by itself"),
     "ZentorchExpertsInt4": (Dropped.REFUSED, "int4; Zen CPU, routes by itself"),
-    # Batches of a fixed size per expert, or an all-to-all of their own: see `checks.BATCHES`.
-    "BatchedDeepGemmExperts": (Dropped.REFUSED, "batches of a fixed size"),
-    "BatchedHummingGroupedExperts": (Dropped.REFUSED, "batches of a fixed size"),
-    "BatchedMarlinExperts": (Dropped.REFUSED, "batches of a fixed size"),
-    "BatchedTritonExperts": (Dropped.REFUSED, "batches of a fixed size"),
-    "CutlassBatchedExpertsFp8": (Dropped.REFUSED, "batches of a fixed size"),
-    "FlashInferCuteDSLBatchedExperts": (Dropped.REFUSED, "batches of a fixed size"),
-    "NaiveBatchedExperts": (Dropped.REFUSED, "batches of a fixed size"),
+    # Batches of a fixed size per expert, see `checks.BATCHES`.
+    "BatchedDeepGemmExperts": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    "BatchedHummingGroupedExperts": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    "BatchedMarlinExperts": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    "BatchedTritonExperts": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    "CutlassBatchedExpertsFp8": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    "FlashInferCuteDSLBatchedExperts": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    "NaiveBatchedExperts": (Dropped.REFUSED_IN_MODE, "batches of a fixed size"),
+    # Others.
     "FlashInferMoeEpExperts": (Dropped.REFUSED, "an all-to-all of its own"),
     "MoonEPExperts": (Dropped.REFUSED, "an all-to-all of its own"),
     "TrtLlmBf16LoRAExperts": (Dropped.REFUSED, "LoRA, which no mode serves"),
@@ -121,7 +123,8 @@ def check_layer(config: "CapacityConfig", layer: Any) -> None:
 
     method = layer.routed_experts.quant_method
     kernel = getattr(method, "experts_cls", None)  # some methods know it once weights are there
-    refused = kernel is not None and dropped_by(kernel) is Dropped.REFUSED
+    dropped = None if kernel is None else dropped_by(kernel)
+    refused = dropped is Dropped.REFUSED or (dropped is Dropped.REFUSED_IN_MODE and config.drops)
     by_itself = method.moe_kernel is not None and layer.is_monolithic
     if isinstance(layer.router, CapacityRouter) and not refused and not by_itself:
         return
@@ -157,7 +160,7 @@ def _skipping_first(original: Function) -> Function:
         from vllm.platforms import current_platform
 
         backends, config = list(original(*args, **kwargs)), _current_config()
-        if config.enabled and not config.observe and current_platform.is_cuda():
+        if config.drops and current_platform.is_cuda():
             backends.sort(key=lambda backend: backend.name not in PREFERRED)
         return backends
 
@@ -210,6 +213,8 @@ _NOTES = """\
   name a kernel, vLLM tries DeepGEMM and Triton first under a mode, since they skip; stock vLLM
   prefers FlashInfer's CUTLASS for fp8 in blocks with expert parallelism on Hopper. For other
   weights the choice is that of stock vLLM, without the monolithic kernels.
+- **Refused under a mode**: but served by decode keep alone and where capacity only observes, since
+  every token then holds exactly its top-k.
 - Kernels for ROCm and XPU are not listed: a mode is refused there.
 - vLLM warms DeepGEMM up for rows of the top-k, not for wider ones; their first steps may compile.
 """

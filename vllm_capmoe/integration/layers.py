@@ -36,6 +36,12 @@ def moe_layers(vllm_config: "VllmConfig") -> list[MoERunner]:
     return [layer for layer in found if isinstance(layer, MoERunner) and _is_bound(layer.router)]
 
 
+def num_asked(config: CapacityConfig, vllm_config: "VllmConfig") -> int:
+    """How many bound MoE layers of this process the settings ask anything of."""
+    numbers = [layer_number(layer.layer_name) for layer in moe_layers(vllm_config)]
+    return sum(config.for_layer(number).acts for number in numbers)
+
+
 def _is_bound(router: Any) -> bool:
     return isinstance(router, CapacityRouter) and router.plan is not None
 
@@ -54,7 +60,7 @@ def bind(
         ValueError: a layer routes by itself, or the configuration doesn't fit it.
     """
     device = torch.device(model_runner.device)
-    bound = 0
+    bound: list[tuple[Plan, str, int]] = []
     for layer in layers_of_model(config, vllm_config, model_runner):
         own = config.for_layer(layer_number(layer.layer_name))
         mode = f"{own.asked}, but layer"
@@ -116,11 +122,10 @@ def bind(
             shard=placed.shard,
             first_local=placed.first_local if keeps_rows(layer) else None,
         )
-        bound += 1
-        if bound == 1:
-            first = plan, backend, placed.ranks
+        bound.append((plan, backend, placed.ranks))
     if bound:
-        log_start(config, *first, bound)
+        shown = next((made for made in bound if made[0].acts), bound[0])
+        log_start(config, *shown, len(bound))
 
 
 def layers_of_model(
@@ -295,7 +300,7 @@ def log_start(
             scope="local",
         )
         return
-    if num_ranks == 1 and any(variant.mode != "off" for variant in config.variants):
+    if num_ranks == 1 and config.drops:
         logger.warning_once(
             "MoE capacity is on without expert parallelism: the straggler effect that it removes "
             "needs several ranks (--enable-expert-parallel). Here it only bounds the work.",

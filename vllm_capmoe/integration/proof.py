@@ -24,7 +24,7 @@ Proof = dict[str, Any]
 
 
 def proof(config: CapacityConfig, layers: int) -> Proof:
-    """What a worker is bound to. layers: how many MoE layers it has."""
+    """What a worker is bound to. layers: how many of its MoE layers are asked for anything."""
     return {"version": vllm_capmoe.__version__, "settings": config.to_dict(), "layers": layers}
 
 
@@ -61,7 +61,8 @@ def check(vllm_config: "VllmConfig", proofs: Iterable[tuple[str, Proof | None]])
     proofs: who a worker is, and its proof; None from one that can't give any.
 
     Raises:
-        ValueError: with one sentence that says which worker and why, or that none has MoE layers.
+        ValueError: with one sentence that says which worker and why, or that the settings ask
+            nothing of any MoE layer.
     """
     from vllm_capmoe.integration.engine_args import capacity_config
 
@@ -87,10 +88,12 @@ def check(vllm_config: "VllmConfig", proofs: Iterable[tuple[str, Proof | None]])
                     "as here, is accepted in every process."
                 )
         layers += given["layers"]
-    if not layers:
+    # A process of an external launcher knows one stage of a pipeline only.
+    whole = vllm_config.parallel_config.distributed_executor_backend != "external_launcher"
+    if whole and not layers:
         raise ValueError(
-            f"{mode} no layer of {vllm_config.model_config.model} is a vLLM MoE layer: 'off' is "
-            "accepted."
+            f"{mode} it holds for no vLLM MoE layer of {vllm_config.model_config.model}: 'off', or "
+            "settings for one, are accepted."
         )
 
 

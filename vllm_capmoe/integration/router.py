@@ -93,6 +93,7 @@ class CapacityRouter(BaseRouter):
         self.observes = False
         self.trials: LayerTrials | None = None
         self.fills_unused = False
+        self.drops = False
         self.phantom: int | None = None
         self.by_kernel = False
         self.keeps_seats = False
@@ -142,6 +143,7 @@ class CapacityRouter(BaseRouter):
         self.observes = observes
         self.phantom = phantom
         self.fills_unused = backend == "vllm" and phantom is None
+        self.drops = plan.mode != "off"
         self.shard = shard or Shard()
         self.first_local = first_local
         self.by_kernel = backend == "triton" or tokens.request.is_cuda
@@ -256,8 +258,8 @@ class CapacityRouter(BaseRouter):
             self._seats = (router_logits.shape[0], selection.seats)
         if self.scale != 1.0:
             weights = weights * self.scale
-        if self.fills_unused:
-            # On CUDA vLLM's own routers leave padding at -1, too.
+        # On CUDA vLLM's own routers leave padding at -1, too; without a mode all else is used.
+        if self.fills_unused and (self.drops or not self.by_kernel):
             skipped = is_padding if self.by_kernel else None
             experts = fill_unused(experts, selection.load_after, skipped)
         return weights, experts

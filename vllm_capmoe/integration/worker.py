@@ -79,7 +79,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         return result
 
     def moe_capacity_proof() -> proof.Proof:
-        return proof.proof(config, len(layers.moe_layers(vllm_config)))
+        return proof.proof(config, layers.num_asked(config, vllm_config))
 
     worker.load_model = load_model_and_bind
     worker.moe_capacity_proof = moe_capacity_proof
