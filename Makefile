@@ -11,7 +11,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if "$$name" -c "$(SUPPORTED)" >/dev/null 2>&1; then echo "$$name"; break; fi; done)
 
-.PHONY: help venv demo test test-033 quality lint format clean
+.PHONY: help venv demo test test-slow test-033 quality lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,9 @@ test: venv  ## run the whole test suite
 # QUALITY="--tokens 2048 --models 16-peaked" is a quick one.
 quality: venv  ## measure what the limits cost in quality: tables and plots in benchmarks/results
 	$(BIN)/python benchmarks/quality/run.py $(QUALITY)
+
+test-slow: venv  ## run the tests that `make test` leaves out (some ten minutes)
+	$(BIN)/pytest -m slow
 
 # What touches vLLM most; `make test-033 SELECT=` runs all tests of these files.
 SELECT ?= router or phantom or vllm_kernels or test_step or off_is_stock or without_a_limit or passes_its_limit \

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from engines import environment
 
-pytestmark = [pytest.mark.engine, pytest.mark.cpu]
+pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.slow]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

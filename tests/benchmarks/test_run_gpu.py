@@ -136,6 +136,7 @@ def status_of(rows: Rows, item: str) -> str:
 
 
 @pytest.mark.timeout(1200)  # the first test waits for both runs
+@pytest.mark.slow
 def test_a_fault_costs_its_own_rows_and_is_named(runs: dict) -> None:
     rows, done = runs["both"], runs["done"]
     assert done.returncode == 1, done.stdout + done.stderr
@@ -174,6 +175,7 @@ def test_a_fault_costs_its_own_rows_and_is_named(runs: dict) -> None:
     assert summary in done.stdout
 
 
+@pytest.mark.slow
 def test_no_figure_without_a_gate(runs: dict) -> None:
     timed = [row for row in runs["both"] if row["ms"] and row["step"] in ("time", "ab")]
     assert len(timed) > 10
@@ -182,6 +184,7 @@ def test_no_figure_without_a_gate(runs: dict) -> None:
     assert smoked and all(row["gate"] and int(row["repeats"]) > 0 for row in smoked)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued(runs: dict) -> None:
     """Its processes end with it; what it measured or saw fail isn't run again, the rest is."""
     assert len(runs["processes"]) == 2
@@ -196,6 +199,7 @@ def test_a_killed_run_is_continued(runs: dict) -> None:
     assert {row["card"] for row in both} == {"interpreter"}
 
 
+@pytest.mark.slow
 def test_tests_go_on_after_one_that_hangs(runs: dict) -> None:
     found = {
         row["part"].rpartition("::")[2]: row["status"]
@@ -211,6 +215,7 @@ def test_tests_go_on_after_one_that_hangs(runs: dict) -> None:
     }
 
 
+@pytest.mark.slow
 def test_scripts_are_steps_too(runs: dict) -> None:
     output = runs["done"].stdout
     assert "== tiles: done" in output and "== sanitize: left out" in output
@@ -360,6 +365,7 @@ print(*sorted(loaded))
 """
 
 
+@pytest.mark.slow
 def test_compiling_ahead_launches_nothing(repo_root: Path, tmp_path: Path) -> None:
     """The real calls, compiled for Hopper with a driver that only counts."""
     output = run_code(repo_root, COMPILE, TRITON_CACHE_DIR=str(tmp_path))
