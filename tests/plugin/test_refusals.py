@@ -1,6 +1,7 @@
 """What can't be served is refused before any weight is loaded, in one sentence that says why."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -360,8 +361,31 @@ def test_the_process_ends_before_weights_are_loaded(
     example_model, dense_model, which, arguments, message, code
 ):
     model = {"moe": example_model, "dense": dense_model}[which]
+    command = ["serve", str(model), "--port", str(free_port()), *arguments]
+    refused(command, message, code)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "command", [("bench", "latency"), ("bench", "throughput"), ("run-batch",)], ids=" ".join
+)
+def test_the_flags_reach_the_engines_of_other_commands(dense_model, tmp_path, command):
+    """Where they are refused for the model: an engine that is given them takes them."""
+    files = {"-i": tmp_path / "in", "-o": tmp_path / "out"} if command == ("run-batch",) else {}
+    line = '{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {}}'
+    for file in files.values():
+        file.write_text(line)
+    sizes = [] if files else ["--input-len=8", "--output-len=2"]
+    sizes += ["--num-prompts=1", "--dataset-name=random"] if "throughput" in command else []
+    given = [str(word) for item in files.items() for word in item]
+    arguments = [*command, *given, *sizes, "--model", str(dense_model), "--moe-capacity-mode=drop"]
+    refused(arguments, "--moe-capacity-mode is 'drop', but .* has no Mixture-of-Experts layers", 1)
+
+
+def refused(command: list[str], message: str, code: int) -> None:
+    """`vllm` ends with the message, before it has loaded anything."""
     done = subprocess.run(
-        [VLLM, "serve", str(model), "--port", str(free_port()), *arguments],
+        [VLLM, *command],
         env=environment(),
         capture_output=True,
         text=True,
@@ -370,5 +394,5 @@ def test_the_process_ends_before_weights_are_loaded(
     )
     output = done.stdout + done.stderr
     assert done.returncode == code, output
-    assert message in output
+    assert re.search(message, output), output
     assert "Loading safetensors" not in output and "Loading weights" not in output
