@@ -105,6 +105,8 @@ def test_imports_run_one_way(repo_root: Path) -> None:
         tops = {name.split(".")[0] for name in imports_of(path)}
         assert "vllm" not in tops, path
         assert "vllm_capmoe" not in tops or path in core, path
+    for path in sorted((repo_root / "vllm_capmoe" / "integration").glob("*.py")):
+        assert not any(name.startswith("vllm_capmoe.planner") for name in imports_of(path)), path
     for path in core:
         inside = [name for name in imports_of(path) if "vllm_capmoe.integration" in name]
         assert not inside or path.name == "__init__.py", path  # which says where `register` is

@@ -1,11 +1,11 @@
 """The engines of the planner, each in a process of its own.
 
-    python -m vllm_capmoe.integration.planner_engine observe|answer SPEC.json RESULT.jsonl
+    python -m vllm_capmoe.integration.planner_engine observe|answer SPEC.json RESULT.jsonl DONE
 
 The specification: "engine", the arguments of `vllm serve`'s engine as a list of words; "prompts";
 "max_tokens"; "settings", the keys of `additional_config["moe_capacity"]`; for `observe` also
-"trials" and "ep_size". The result has a line for each chunk of prompts, written when the chunk is
-done, so a run that was cut short goes on where it ended.
+"trials" and "ep_size". The result gets a line for each chunk of prompts when the chunk is done, so
+a run that was cut short goes on where it ended: the first DONE prompts are passed over.
 """
 
 import json
@@ -52,15 +52,12 @@ def conversations(prompts: list[Any]) -> Iterator[tuple[bool, list[Any]]]:
         yield not isinstance(chunk[0], str), chunk
 
 
-def run(spec: dict[str, Any], result: Path, observe: bool) -> None:
-    """Run all prompts that `result` doesn't have yet; it gets a line for each chunk."""
+def run(spec: dict[str, Any], result: Path, done: int, observe: bool) -> None:
+    """Run all prompts but the first `done`; `result` gets a line for each chunk."""
     made = engine_args(spec["engine"], spec["settings"])
     from tqdm import tqdm
     from vllm import LLM, SamplingParams
 
-    from vllm_capmoe.planner.results import read
-
-    done = sum(chunk["prompts"] for chunk in read(result))
     llm = LLM.from_engine_args(made)
     sampling = SamplingParams(
         temperature=0,
@@ -136,5 +133,6 @@ def _answer(output: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    kind, spec_file, result_file = sys.argv[1:]
-    run(json.loads(Path(spec_file).read_text()), Path(result_file), kind == "observe")
+    kind, spec_file, result_file, passed_over = sys.argv[1:]
+    specification = json.loads(Path(spec_file).read_text())
+    run(specification, Path(result_file), int(passed_over), kind == "observe")

@@ -224,9 +224,10 @@ def _run(
     if not given.exists() or given.read_text() != text:
         result.unlink(missing_ok=True)
         given.write_text(text)
-    if sum(chunk["prompts"] for chunk in read(result)) < len(spec["prompts"]):
+    passed_over = sum(chunk["prompts"] for chunk in read(result))
+    if passed_over < len(spec["prompts"]):
         print(f"{name}: {len(spec['prompts'])} prompts; the engine's log is {log}", file=sys.stderr)
-        command = [sys.executable, "-m", ENGINE, kind, str(given), str(result)]
+        command = [sys.executable, "-m", ENGINE, kind, str(given), str(result), str(passed_over)]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("w") as stdout:
             # The progress bar, on stderr, is for the person who waits; vLLM's log is not.
