@@ -72,6 +72,11 @@ with pytest.MonkeyPatch.context() as with_path:
     with_path.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
     bench: Any = importlib.import_module("bench_moe_layer")
 SHAPES, TOKENS = bench.common.SHAPES, bench.TOKENS
+# Of the benchmarks' whole grid every run takes one small and one middle size; the rest is slow.
+GRID = [
+    pytest.param(tokens, marks=() if tokens in (16, 1024) else pytest.mark.slow)
+    for tokens in TOKENS
+]
 ODD = {  # hidden, intermediate, experts, top-k
     "ragged": bench.common.Shape("ragged", 1000, 776, 12, 3),
     "unaligned": bench.common.Shape("unaligned", 1001, 777, 12, 3),
@@ -246,7 +251,7 @@ def check_experts(name: str, tokens: int, has_descriptors: bool) -> None:
             checker.assert_ends_reached(("gate_up_kernel", "weights_ptr"))  # not read there
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", GRID)
 @pytest.mark.parametrize("name", SHAPES)
 def test_experts(name: str, tokens: int, chip: str) -> None:
     check_experts(name, tokens, chip == "descriptors")
@@ -340,7 +345,7 @@ def run_routing(checker: Checker, name: str, tokens: int, point: Point) -> None:
         route_logits_triton(logits, point.plan, scoring="softmax", counters=counters)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", GRID)
 @pytest.mark.parametrize("name", SHAPES)
 def test_routing(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for point in points(name, tokens):
@@ -395,7 +400,7 @@ def test_routing_of_an_engine(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", GRID)
 @pytest.mark.parametrize("name", SHAPES)
 def test_make_seats(name: str, tokens: int) -> None:
     """With all experts here, and with every other one."""
