@@ -316,12 +316,24 @@ def make_checkpoint(path: str | Path, **options: int | float | str) -> Path:
         write_tokenizer(folder, pieces, chosen.max_positions)
         shutil.copyfile(source, folder / "tokenizer.model")
         dtype = getattr(torch, chosen.dtype)
-        state = {
-            name: value.to(dtype).contiguous()
-            for name, value in tensors(chosen, [piece for piece, _ in pieces])
-        }
+        with one_thread():
+            state = {
+                name: value.to(dtype).contiguous()
+                for name, value in tensors(chosen, [piece for piece, _ in pieces])
+            }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return Path(path).absolute()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: with several threads their last bits depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
