@@ -148,6 +148,7 @@ def test_experts_that_ours_cannot_compute_are_refused(monkeypatch):
     class Config:
         additional_config = {"moe_capacity": {"mode": "drop"}}
         model_config = SimpleNamespace(quantization=None)
+        parallel_config = SimpleNamespace(enable_expert_parallel=False)
 
     monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: Config)
     select = _select(lambda config: pytest.fail("vLLM chose"))
