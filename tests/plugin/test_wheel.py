@@ -78,7 +78,14 @@ def test_it_holds_all_of_the_packages_and_nothing_else(installed: Path, repo_roo
         for path in (repo_root / folder).glob(pattern)
     }
     files = {file for file in said["files"] if not file.endswith(".pyc")}
-    assert {file for file in files if ".dist-info/" not in file} == expected
+    assert {file for file in files if ".dist-info/" not in file} == expected | {
+        "../../../bin/vllm-capmoe"
+    }
+    command = installed.with_name("vllm-capmoe")
+    done = subprocess.run(
+        [command, "plan", "--help"], cwd=venv, capture_output=True, text=True, check=True
+    )
+    assert "--max-loss" in done.stdout
     assert "Apache License" in said["licence"]
     # A requirement of vLLM or torch would put other builds over those that are there.
     assert all("extra ==" in line for line in said["requires"])
