@@ -68,7 +68,8 @@ def test_start_line(server, mode):
     assert "layers=4" in text and f"backend={backend} (auto)" in text
     assert "without expert parallelism" in text
     if mode == "expanded":
-        assert "candidates=global (auto), expanded_experts=2 (auto), max_experts=2 (auto)" in text
+        assert "candidates=global (auto), expanded_experts=2 (auto)" in text
+        assert "fill=busiest (auto), max_experts=2 (auto)" in text
 
 
 def test_metrics_count_what_was_dropped(server, client, model_name, mode):
