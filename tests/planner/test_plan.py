@@ -1,6 +1,7 @@
 """`vllm-capmoe plan` as a user runs it: on real engines, and with what it must refuse."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,13 @@ def test_what_does_not_fit_is_one_sentence(
         status = int(end.code or 0)
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_environment_is_left_alone(prompts: Path, tmp_path: Path) -> None:
+    """A log level that stayed would silence every engine that the process starts later."""
+    before = os.environ.get("VLLM_LOGGING_LEVEL")
+    assert main(["plan", *words(tmp_path / "no-model", prompts, tmp_path)]) == 2
+    assert os.environ.get("VLLM_LOGGING_LEVEL") == before
 
 
 def test_a_model_or_a_file_that_is_not_there(prompts: Path, tmp_path: Path, capsys: Any) -> None:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,16 +172,15 @@ def _inspect(words: list[str], ep_size: int | None) -> Inspected:
         ValueError: the engine wouldn't start, the ranks don't divide the experts, or a setting is
             given that a plan finds by itself.
     """
-    # What vLLM says here it says again in the engine's log.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_capmoe.integration import compat, planner_engine
-    from vllm_capmoe.integration.engine_args import capacity_config
+    with _quiet():
+        from vllm_capmoe.integration import compat, planner_engine
+        from vllm_capmoe.integration.engine_args import capacity_config
 
-    try:
-        made = planner_engine.engine_args(words, {"mode": "drop", "observe": True, "layers": {}})
-        engine = made.create_engine_config()
-    except Exception as error:  # pydantic, transformers, OSError: all say why in their text
-        raise ValueError(_one_sentence(str(error))) from error
+        settings = {"mode": "drop", "observe": True, "layers": {}}
+        try:
+            engine = planner_engine.engine_args(words, settings).create_engine_config()
+        except Exception as error:  # pydantic, transformers, OSError: all say why in their text
+            raise ValueError(_one_sentence(str(error))) from error
     parallel, model = engine.parallel_config, engine.model_config
     if parallel.data_parallel_size > 1:
         raise ValueError(
@@ -202,6 +202,21 @@ def _inspect(words: list[str], ep_size: int | None) -> Inspected:
             )
     versions = [vllm_capmoe.__version__, compat.vllm_version()]
     return Inspected(base, model.get_num_experts_per_tok(), ranks, engine_ranks, versions)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's log, unless a level is asked for: the engine's log says it all again.
+
+    The level must not stay in the environment: processes started later would inherit it.
+    """
+    given = os.environ.get("VLLM_LOGGING_LEVEL")
+    os.environ["VLLM_LOGGING_LEVEL"] = given or "ERROR"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["VLLM_LOGGING_LEVEL"]
 
 
 def _one_sentence(text: str) -> str:
