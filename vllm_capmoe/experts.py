@@ -41,20 +41,6 @@ MAX_ROWS = 512
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-# oneDNN post-op (name, algorithm) of an activation that the product of the gate can apply itself.
-_POST_OPS = {
-    "silu": ("swish", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu2": ("relu", ""),  # squared afterwards
-}
-
-
-def _post_op(act: Activation) -> tuple[str, str] | None:
-    """What oneDNN can apply to the gate product, None if torch has to."""
-    plain = act.limit is None and act.alpha == 1.0 and act.beta == 0.0
-    return _POST_OPS.get(act.kind) if plain else None
-
 
 def _split(act: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up of a projection, along the last dimension."""
@@ -62,38 +48,6 @@ def _split(act: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
         return h[..., 0::2], h[..., 1::2]
     half = h.shape[-1] // 2
     return h[..., :half], h[..., half:]
-
-
-def _single(act: Activation, h_NI: Tensor) -> Tensor:
-    """The activation without a gate."""
-    if act.kind == "silu":
-        return F.silu(h_NI)
-    if act.kind == "relu2":
-        return F.relu(h_NI).square_()
-    return F.gelu(h_NI, approximate="tanh" if act.kind == "gelu_tanh" else "none")
-
-
-def _pair(act: Activation, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-    """The activation of gate and up, as vLLM 0.32 defines it. May overwrite both."""
-    if act.kind == "situ":
-        gate, up = gate_NI.float(), up_NI.float()
-        gate = torch.tanh(gate / act.alpha).mul_(act.alpha).mul_(gate.sigmoid())
-        if act.beta > 0:
-            up = torch.tanh(up / act.beta).mul_(act.beta)
-        return gate.mul_(up).to(gate_NI.dtype)
-    if act.kind == "swiglustep":
-        assert act.limit is not None
-        return F.silu(gate_NI).clamp_(max=act.limit).mul_(up_NI.clamp_(-act.limit, act.limit))
-    if act.kind in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if act.kind == "gelu_tanh" else "none"
-        return F.gelu(gate_NI, approximate=approximate).mul_(up_NI)
-    if act.limit is not None:
-        gate_NI, up_NI = gate_NI.clamp_(max=act.limit), up_NI.clamp_(-act.limit, act.limit)
-    glu = F.silu(gate_NI) if act.alpha == 1.0 else (gate_NI * act.alpha).sigmoid_().mul_(gate_NI)
-    if act.beta == 0.0:
-        return glu.mul_(up_NI)
-    # (up + beta) * glu without rounding up + beta to the input dtype first.
-    return torch.addcmul(glu if act.beta == 1.0 else glu * act.beta, up_NI, glu)
 
 
 @dataclass(frozen=True)
@@ -118,7 +72,7 @@ class _PlainExperts(_Experts):
     def forward(self, expert: int, x_NH: Tensor) -> Tensor:
         h = F.linear(x_NH, self.w13[expert], None if self.b13 is None else self.b13[expert])
         act = self.activation
-        a_NI = _pair(act, *_split(act, h)) if act.gated else _single(act, h)
+        a_NI = act.compute(*_split(act, h)) if act.gated else act.compute(h)
         return F.linear(a_NI, self.w2[expert], None if self.b2 is None else self.b2[expert])
 
 
@@ -140,7 +94,7 @@ class PreparedExperts(_Experts):
     def forward(self, expert: int, x_NH: Tensor) -> Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
         act, gate, b_gate = self.activation, self.gate[expert], self.gate_bias[expert]
-        post = _post_op(act)
+        post = act.fused
         name, algorithm = post or ("none", "")
         a_NI = linear(x_NH, gate, b_gate, name, [], algorithm)
         if act.gated:
@@ -149,9 +103,9 @@ class PreparedExperts(_Experts):
                 # The product of gate and up happens on the float32 accumulator of the up product.
                 a_NI = linear.binary(x_NH, a_NI, up, b_up, "mul")
             else:
-                a_NI = _pair(act, a_NI, linear(x_NH, up, b_up, "none", [], ""))
-        elif name == "relu":
-            a_NI = a_NI.square_()
+                a_NI = act.compute(a_NI, linear(x_NH, up, b_up, "none", [], ""))
+        elif post is None:
+            a_NI = act.compute(a_NI)
         return linear(a_NI, self.down[expert], self.down_bias[expert], "none", [], "")
 
 
@@ -437,7 +391,7 @@ def _check_weights(
         )
     num_experts, hidden, intermediate = w2.shape
     wide = 2 * intermediate if act.gated else intermediate
-    _check_shape("w13", w13, (num_experts, wide, hidden), f"w2 {list(w2.shape)} and {act.kind}")
+    _check_shape("w13", w13, (num_experts, wide, hidden), f"w2 {list(w2.shape)} and {act.name}")
     if w13.dtype not in _FLOATS or w2.dtype != w13.dtype:
         raise ValueError(
             f"w13 is {w13.dtype} and w2 {w2.dtype}, expected the same of bfloat16, float16, float32"

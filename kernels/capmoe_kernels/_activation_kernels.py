@@ -71,14 +71,14 @@ def activate_pair(
     """Activation of gate and up, float32. Definitions: vLLM 0.32, layers/activation.py.
 
     LIMIT is None where nothing is cut. For ``situ`` ALPHA is its beta and BETA its linear beta
-    (0: up passes unchanged).
+    (up passes unchanged unless it is above 0).
     """
     if ACT == "gelu":
         return gelu(gate) * up
     elif ACT == "gelu_tanh":
         return gelu_tanh(gate) * up
     elif ACT == "situ":
-        if BETA != 0.0:
+        if BETA > 0.0:
             up = BETA * tanh(up / BETA)
         return ALPHA * tanh(gate / ALPHA) * tl.sigmoid(gate) * up
     elif ACT == "swiglustep":

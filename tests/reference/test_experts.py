@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from naive_activations import activate
 from torch import Tensor
 
 from vllm_capmoe import experts as module
@@ -30,35 +31,6 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "swiglustep": {"swiglu_limit": 0.75},
 }
 PATHS = ("plain", "prepared")
-
-
-def activate(
-    name: str, h: Tensor, swiglu_limit: float | None = None, **parameters: float
-) -> Tensor:
-    """The definitions, one line each, in the dtype of `h`."""
-    if name.endswith("_no_mul"):
-        return {
-            "silu_no_mul": lambda: F.silu(h),
-            "gelu_no_mul": lambda: F.gelu(h),
-            "gelu_tanh_no_mul": lambda: F.gelu(h, approximate="tanh"),
-            "relu2_no_mul": lambda: F.relu(h) ** 2,
-        }[name]()
-    gate, up = (h[:, ::2], h[:, 1::2]) if name == "swigluoai" else h.chunk(2, dim=1)
-    if name in ("gelu", "gelu_tanh"):
-        return F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
-    if name == "situ":
-        b, lb = parameters["situ_beta"], parameters["situ_linear_beta"]
-        return b * torch.tanh(gate / b) * gate.sigmoid() * lb * torch.tanh(up / lb)
-    if name == "swigluoai":
-        limit, alpha, beta = swiglu_limit or 7.0, 1.702, 1.0
-    elif name == "swiglustep":
-        assert swiglu_limit is not None
-        return F.silu(gate).clamp(max=swiglu_limit) * up.clamp(-swiglu_limit, swiglu_limit)
-    else:
-        limit = math.inf if swiglu_limit is None else swiglu_limit
-        alpha, beta = parameters.get("swiglu_alpha", 1.0), parameters.get("swiglu_beta", 0.0)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + beta)
 
 
 def reference(case: dict[str, Any], dtype: torch.dtype, **options: Any) -> Tensor:
