@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _MASK = 0xFFFFFFFF
-_NAN_KEY = -(2**31)
+NAN_KEY = -(2**31)
 
 
 def score_keys(scores_TE: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def score_keys(scores_TE: Tensor) -> Tensor:
     scores_TE = scores_TE.detach() + 0.0  # -0.0 + 0.0 is 0.0
     bits_TE = scores_TE.view(torch.int32)
     bits_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
-    bits_TE = bits_TE.masked_fill_(scores_TE.isnan(), _NAN_KEY)
+    bits_TE = bits_TE.masked_fill_(scores_TE.isnan(), NAN_KEY)
     backwards_E = torch.arange(E - 1, -1, -1, device=scores_TE.device)
     return (bits_TE.long() << expert_bits(E)).add_(backwards_E)
 
@@ -109,4 +109,4 @@ def metric_keys(
 
 def is_nan(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:
     """bool [T, L]: candidates with a NaN score. They win no seat over a number, in any metric."""
-    return keys_TE.gather(1, experts_TL) >> expert_bits(keys_TE.shape[1]) == _NAN_KEY
+    return keys_TE.gather(1, experts_TL) >> expert_bits(keys_TE.shape[1]) == NAN_KEY

@@ -38,6 +38,7 @@ from vllm_capmoe.limits import capacity
 from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import choose_top_k, score_keys
 from vllm_capmoe.reference import route_torch
+from vllm_capmoe.unlimited import route_unlimited
 
 if TYPE_CHECKING:
     from vllm_capmoe.integration.trials import LayerTrials
@@ -231,7 +232,11 @@ class CapacityRouter(BaseRouter):
                 router_logits, plan, scoring=self.scoring_func, counters=stats.counts, **arguments
             )
         else:
-            selection = route_torch(self._scores(router_logits), plan, **arguments)
+            scores, selection = self._scores(router_logits), None
+            if topk_ids is not None and not scores.is_cuda:
+                selection = route_unlimited(scores, plan, **arguments)
+            if selection is None:
+                selection = route_torch(scores, plan, **arguments)
             stats.add(selection)
         if stats.recording:
             keys = score_keys(self._scores(router_logits))
