@@ -3,6 +3,8 @@
 Letters and steps: `reference.py`. Integers only, the same on every rank, run after run.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -94,17 +96,42 @@ def metric_keys(
     Of candidates whose scores are numbers; `is_nan` puts the others behind them. Equal ranks go
     to the lower token index, then to the lower expert, since that is the order of the flat list:
     `fill_bins` sorts stably, and equal scores of a row stand by expert.
+    metric: a name of `METRICS`; ValueError for another one.
     index_T: the token indices, for metric `random` only. `order` and `reverse-order` compare
     tokens of one group only, for which the row in the step does as well.
     """
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, but it must be one of {', '.join(METRICS)}.")
+    return METRICS[metric](keys_TE, experts_TL, index_T, seed)
+
+
+def _by_score(keys_TE: Tensor, experts_TL: Tensor, index_T: Tensor | None, seed: int) -> Tensor:
+    return 0x7FFFFFFF - (keys_TE.gather(1, experts_TL) >> expert_bits(keys_TE.shape[1]))
+
+
+def _by_order(keys_TE: Tensor, experts_TL: Tensor, index_T: Tensor | None, seed: int) -> Tensor:
     T, E = keys_TE.shape
-    if metric == "score":
-        return 0x7FFFFFFF - (keys_TE.gather(1, experts_TL) >> expert_bits(E))
-    if metric == "random":
-        assert index_T is not None
-        return _MASK - draws(seed, index_T, experts_TL)
-    first, last, step = (0, T * E, E) if metric == "order" else ((T - 1) * E, -E, -E)
-    return torch.arange(first, last, step, device=keys_TE.device)[:, None] + experts_TL
+    return torch.arange(0, T * E, E, device=keys_TE.device)[:, None] + experts_TL
+
+
+def _by_reverse_order(
+    keys_TE: Tensor, experts_TL: Tensor, index_T: Tensor | None, seed: int
+) -> Tensor:
+    T, E = keys_TE.shape
+    return torch.arange((T - 1) * E, -E, -E, device=keys_TE.device)[:, None] + experts_TL
+
+
+def _by_draw(keys_TE: Tensor, experts_TL: Tensor, index_T: Tensor | None, seed: int) -> Tensor:
+    assert index_T is not None
+    return _MASK - draws(seed, index_T, experts_TL)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor, Tensor | None, int], Tensor]] = {
+    "score": _by_score,
+    "order": _by_order,
+    "reverse-order": _by_reverse_order,
+    "random": _by_draw,
+}
 
 
 def is_nan(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:

@@ -6,6 +6,9 @@
 import triton
 import triton.language as tl
 
+METRICS = ("score", "order", "reverse-order", "random")
+"""What `bid_of` and `digits_of_bids` know; others they refuse at compile time."""
+
 NO_LIMIT = tl.constexpr(2**31 - 1)
 NONE = tl.constexpr(-(2**31))  # score key of what is no candidate: below all others
 NAN_KEY = tl.constexpr(-(2**31) + 1)  # score key of NaN: below that of -inf
@@ -55,16 +58,27 @@ def bid_of(key, tag, token, expert, index, T, start, E: tl.constexpr, METRIC: tl
     if METRIC == "reverse-order":
         token = T - 1 - token
     last = token * E + expert + 1
-    if METRIC == "score":
-        rank = 0x7FFFFFFF - key.to(tl.int64)
-    elif METRIC == "random":
-        draw = fmix32(start.to(tl.uint32) + index.to(tl.uint32))
-        rank = 0xFFFFFFFF - fmix32(draw + expert.to(tl.uint32)).to(tl.int64)
     if METRIC == "order" or METRIC == "reverse-order":
         bid = (head.to(tl.int64) << 30) | last
     else:
+        if METRIC == "score":
+            rank = 0x7FFFFFFF - key.to(tl.int64)
+        else:
+            tl.static_assert(METRIC == "random", "unknown metric")
+            draw = fmix32(start.to(tl.uint32) + index.to(tl.uint32))
+            rank = 0xFFFFFFFF - fmix32(draw + expert.to(tl.uint32)).to(tl.int64)
         bid = (head.to(tl.int64) << 62) | (rank << 30) | last
     return bid ^ NOBODY_WINS
+
+
+@triton.jit
+def digits_of_bids(METRIC: tl.constexpr):
+    """How many of the low bits of bids differ, and an int64 with ones in all others."""
+    if METRIC == "order" or METRIC == "reverse-order":
+        return tl.full((), 32, tl.int64), tl.full((), -(2**32), tl.int64)
+    else:
+        tl.static_assert(METRIC == "score" or METRIC == "random", "unknown metric")
+        return tl.full((), 64, tl.int64), tl.full((), 0, tl.int64)
 
 
 @triton.jit

@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from capmoe_kernels._routing_bids import METRICS
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_METRICS = ("score", "order", "reverse-order", "random")
 _MAX_EXPERTS = 1024  # a program holds whole rows of scores in registers
 _SIZE_LIMIT = 2**30  # of T * E: the part of a bid that holds token and expert has 30 bits
 _TABLE_LIMIT = 2**31
@@ -86,9 +87,9 @@ def check_plan(plan: PlanLike, T: int, groups: int) -> None:
             f"plan.top_k is {plan.top_k} and plan.extra {plan.extra}, but together they must be "
             f"from 1 to {E}, the experts."
         )
-    if plan.metric not in _METRICS:
+    if plan.metric not in METRICS:
         raise ValueError(
-            f"plan.metric is {plan.metric!r}, but it must be one of {', '.join(_METRICS)}."
+            f"plan.metric is {plan.metric!r}, but it must be one of {', '.join(METRICS)}."
         )
     if T * E >= _SIZE_LIMIT:
         raise ValueError(f"T * E is {T} * {E}, but it must be below {_SIZE_LIMIT}.")

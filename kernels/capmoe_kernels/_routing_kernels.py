@@ -56,6 +56,8 @@ def score_rows(logits, columns, E: tl.constexpr, SCORING: tl.constexpr):
         log1p = tl.where(w == 1.0, u, u * tl.div_rn(tl.log(w), tl.where(w == 1.0, 1.0, w - 1.0)))
         # A sum, not a maximum: NaN stays NaN.
         logits = tl.sqrt_rn(tl.where(logits > 0, logits, 0.0 * u) + log1p)
+    else:
+        tl.static_assert(SCORING == "none", "unknown scoring")
     return logits
 
 

@@ -13,6 +13,7 @@ from capmoe_kernels._routing_bids import (
     NONE,
     TOPK,
     bid_of,
+    digits_of_bids,
     key_of_score,
 )
 
@@ -107,12 +108,7 @@ def last_winner(
         # Digit by digit from the top: `prefix` is what is known of the last bid, `known`
         # has ones there, and `wanted` of the `within` bids with that prefix still win.
         prefix = tl.full((), 0, tl.int64)
-        known = tl.full((), 0, tl.int64)
-        shift = tl.full((), 32, tl.int64)
-        if METRIC == "score" or METRIC == "random":
-            shift = tl.full((), 64, tl.int64)
-        if METRIC == "order" or METRIC == "reverse-order":
-            known = tl.full((), -(2**32), tl.int64)
+        shift, known = digits_of_bids(METRIC)
         wanted = seats
         within = competing
         digits = tl.arange(0, 256)

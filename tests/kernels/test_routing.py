@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from capmoe_kernels import _routing_checks, routing
 from capmoe_kernels import _routing_launch as launch
-from capmoe_kernels import routing
 from capmoe_kernels.routing import RoutedSelection, route_logits_triton, route_triton
 from vllm_capmoe import CapacityConfig, route
 from vllm_capmoe.plan import Plan, resolve
@@ -477,6 +477,7 @@ def torch_scores(logits: Tensor, scoring: str) -> Tensor:
         return logits.softmax(dim=1)
     if scoring == "sigmoid":
         return logits.sigmoid()
+    assert scoring == "sqrtsoftplus"
     return torch.nn.functional.softplus(logits, threshold=100).sqrt()
 
 
@@ -506,6 +507,21 @@ def test_scores_of_logits(scoring: str, dtype: torch.dtype, launches: str) -> No
             options = {"topk_TK": topk_TK, "seed": 5}
             got = run(route_logits_triton, logits, plan, scoring=scoring, **options)
             assert_same(got, route_torch(scores, plan, **options), E)
+
+
+@pytest.mark.parametrize("word", ["metric", "scoring"])
+def test_no_word_falls_through(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that the checks let through and the kernels don't know is not taken for another."""
+    plan, logits = make_plan(8, 2), torch.rand(16, 8, device=DEVICE)
+    scoring = "sigmoid"
+    if word == "metric":
+        plan = dataclasses.replace(plan, metric="best")
+        monkeypatch.setattr(_routing_checks, "METRICS", ("best",))
+    else:
+        scoring = "best"
+        monkeypatch.setattr(routing, "SCORINGS", ("best",))
+    with pytest.raises(Exception, match=f"unknown {word}"):
+        route_logits_triton(logits, plan, scoring=scoring)
 
 
 @pytest.mark.parametrize("scoring", routing.SCORINGS)

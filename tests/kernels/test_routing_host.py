@@ -11,10 +11,11 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from capmoe_kernels import _routing_bids, routing
 from capmoe_kernels import _routing_launch as launch
-from capmoe_kernels import routing
 from capmoe_kernels.routing import route_logits_triton, route_triton
 from vllm_capmoe import CapacityConfig, limits, ranking
+from vllm_capmoe.config import OPTIONS
 from vllm_capmoe.plan import Plan, resolve
 
 DEVICE = "cpu" if routing.INTERPRETED else "cuda"
@@ -39,6 +40,12 @@ def test_the_guard_sees_a_launch() -> None:
 def make_plan(E: int, k: int, **config: Any) -> Plan:
     config = {"mode": "drop", "factor": 1.0, "min_capacity": 1, **config}
     return resolve(CapacityConfig(**config), num_experts=E, top_k=k, renormalize=True)
+
+
+def test_all_backends_know_the_metrics_of_the_configuration() -> None:
+    (accepted,) = (option.choices for option in OPTIONS if option.key == "metric")
+    assert accepted is not None
+    assert set(accepted) == set(ranking.METRICS) == set(_routing_bids.METRICS)
 
 
 def test_constants_and_numbers_agree_with_the_reference() -> None:

@@ -1,5 +1,6 @@
 """`route` at its edges: weights, odd sizes, refusals, and what the core must not do."""
 
+import dataclasses
 import doctest
 import sys
 from collections.abc import Sequence
@@ -119,6 +120,12 @@ def test_one_expert() -> None:
     for mode in ("drop", "expanded", "reroute"):
         r = route(torch.tensor([[0.1], [0.3], [0.2]]), 1, config(mode, factor=0.5))
         assert held(r) == [[], [0], [0]]
+
+
+def test_an_unknown_metric_is_not_taken_for_another() -> None:
+    plan = resolve(config("drop", factor=0.5), num_experts=4, top_k=2)
+    with pytest.raises(ValueError, match="metric is 'best', but it must be one of score, order"):
+        route_torch(torch.rand(16, 4), dataclasses.replace(plan, metric="best"))
 
 
 @pytest.mark.parametrize("mode", ["drop", "expanded", "reroute"])
