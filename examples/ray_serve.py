@@ -51,7 +51,10 @@ def main() -> int:
         print(json.dumps(config.get_engine_config().get_initialization_kwargs(), default=str))
         return 0
     serve.start(http_options={"host": "127.0.0.1", "port": args.port})
-    serve.run(app, blocking=True)
+    try:
+        serve.run(app, blocking=True)
+    except KeyboardInterrupt:
+        serve.shutdown()  # else the replicas stay on a cluster that goes on
     return 0
 
 

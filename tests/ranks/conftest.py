@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -99,7 +100,15 @@ def nine_experts(example_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def ray_metrics() -> str:
+    """Where the node of `ray_cluster` shows its metrics to Prometheus."""
+    return f"http://127.0.0.1:{free_port()}/metrics"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(
+    ray_metrics: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
     """A Ray cluster of one node with two logical GPUs; the environment that finds it."""
     ray = Path(sys.executable).with_name("ray")
     folder = tmp_path_factory.mktemp("ray")
@@ -109,6 +118,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     command = [str(ray), "start", "--head", "--block", f"--port={port}", "--num-gpus=2"]
     command += ["--num-cpus=8", "--include-dashboard=false", "--disable-usage-stats"]
     command += ["--object-store-memory=100000000"]
+    command += [f"--metrics-export-port={urlsplit(ray_metrics).port}"]
     log = folder / "ray.log"
     with log.open("w") as out:
         process = subprocess.Popen(

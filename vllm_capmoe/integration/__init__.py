@@ -3,6 +3,7 @@
 register        what the entry point `vllm.general_plugins` calls, in every vLLM process
 engine_args     flags, keywords and additional_config; refuses what can't be served
 worker          a worker starts: activate the rest if a mode is on
+front_end       an engine is made: what its process needs, also where Ray Serve sent its settings
 router          capacity behind vLLM's router          step      decode tokens, request ids
 experts         our experts as a vLLM kernel           stats     counters on the device
 layers          binds the loaded model's layers        metrics   Prometheus series, log
@@ -24,9 +25,9 @@ def register() -> None:
 
     On a vLLM that lacks what this hangs on, nothing is patched but the refusal of a mode.
     """
-    from vllm_capmoe.integration import compat, engine_args, proof, worker
+    from vllm_capmoe.integration import compat, engine_args, front_end, proof, worker
 
     try:
-        compat.apply(engine_args.patches, worker.patches, proof.core_patches)
+        compat.apply(engine_args.patches, worker.patches, proof.core_patches, front_end.patches)
     except compat.IncompatibleVLLMError as error:
         engine_args.refuse_modes(error)

@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 from vllm_capmoe.config import OPTIONS, CapacityConfig
-from vllm_capmoe.integration import checks, compat, isolation, metrics, proof
+from vllm_capmoe.integration import checks, compat, front_end, isolation
 from vllm_capmoe.integration.compat import Function, Patch
 
 KEY = "moe_capacity"
@@ -169,7 +169,7 @@ def _validate(original: Function) -> Function:
         isolation.turn_prefix_caching_off(config, self)
         vllm_config = original(self, *args, **kwargs)
         checks.check_engine(config, vllm_config)
-        compat.apply(metrics.patches, proof.front_end_patches)
+        front_end.send_plugins_with(vllm_config)
         return vllm_config
 
     return create_engine_config
