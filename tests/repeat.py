@@ -2,8 +2,9 @@
 
     .venv/bin/python tests/repeat.py [--times 20] [--hogs 2] [FILE ...]
 
-Each file (default: servers and ranks) is run `--times` times in a row while `--hogs` processes
-keep as many cores busy. The first failure ends it, with exit status 1 and what pytest said.
+The tests marked `timing` of each file that has any, or all of each FILE, are run `--times` times in
+a row while `--hogs` processes keep as many cores busy. The first failure ends it, with exit status
+1 and what pytest said.
 """
 
 import argparse
@@ -18,8 +19,8 @@ TESTS = Path(__file__).resolve().parent
 
 
 def sensitive() -> list[Path]:
-    """The files that start servers, or several ranks."""
-    return [TESTS / "e2e" / "test_server.py", *sorted((TESTS / "ranks").glob("test_*.py"))]
+    """The files with tests marked `timing`."""
+    return [path for path in sorted(TESTS.rglob("test_*.py")) if "mark.timing" in path.read_text()]
 
 
 @contextlib.contextmanager
@@ -40,12 +41,13 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--hogs", type=int, default=2)
     options = parser.parse_args()
+    selected = [] if options.files else ["-m", "timing"]
     with busy(options.hogs):
         for file in options.files or sensitive():
             for number in range(1, options.times + 1):
                 started = time.monotonic()
                 done = subprocess.run(
-                    [sys.executable, "-m", "pytest", "-x", "-q", file],
+                    [sys.executable, "-m", "pytest", "-x", "-q", *selected, file],
                     cwd=TESTS.parent,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,

@@ -14,7 +14,8 @@ PROMPT = "Experts that are overloaded drop the tokens that they need least. " * 
 START_LINE = "MoE capacity: mode={}, factor=1.0, level=expert, scope=batch"
 
 
-@pytest.fixture(scope="module", params=["expanded", "drop"])
+# Compiled and eager; what depends on time is the same in both.
+@pytest.fixture(scope="module", params=["expanded", pytest.param("drop", marks=pytest.mark.timing)])
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 

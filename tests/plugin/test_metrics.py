@@ -137,6 +137,7 @@ def test_counters_that_cannot_be_read_are_one_line(counted, monkeypatch):
     assert published("model")["assignments", ""] == 24.0
 
 
+@pytest.mark.timing
 def test_publishing_ends_with_the_engine(counted):
     """Also while its workers are being asked, who don't answer any more."""
     asked = 0

@@ -13,7 +13,7 @@ import pytest
 from clusters import CLUSTER
 from engines import Server, serve
 
-pytestmark = [pytest.mark.engine, pytest.mark.cpu]
+pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timing]
 
 TEXT = "Experts that are overloaded drop the tokens that they need least. "
 LAYERS, TOP_K = 4, 2  # of the example model
