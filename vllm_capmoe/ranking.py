@@ -12,6 +12,10 @@ from torch.nn.functional import pad
 _MASK = 0xFFFFFFFF
 NAN_KEY = -(2**31)
 
+MASS_BITS = 20
+"""Gate mass is counted in units of 2^-20."""
+MOST_MASS = 1024.0
+
 
 def score_keys(scores_TE: Tensor) -> Tensor:
     """int64 [T, E] keys, all different in a row: higher score first, ties to the lower expert.
@@ -132,6 +136,14 @@ METRICS: dict[str, Callable[[Tensor, Tensor, Tensor | None, int], Tensor]] = {
     "reverse-order": _by_reverse_order,
     "random": _by_draw,
 }
+
+
+def fixed_point(scores: Tensor) -> Tensor:
+    """int64: floor(S * 2^20), so that sums are the same in any order.
+
+    For counting, not for choosing: S below 0 and NaN count as 0, above 1024 as 1024.
+    """
+    return (scores.nan_to_num(nan=0.0).clamp(0.0, MOST_MASS) * 2.0**MASS_BITS).long()
 
 
 def is_nan(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import (
     best_first,
     choose_top_k,
+    fixed_point,
     is_nan,
     metric_keys,
     score_keys,
@@ -68,6 +69,9 @@ class Selection:
     kept: int64 [], the top-k assignments that are held; of decode tokens, what decode keep gave
         them in the place of their top-k.
     left_without: int64 [], the real tokens that hold no expert.
+    mass, lost: int64 [], gate mass in fixed point (`ranking.fixed_point`), added up over the top-k
+        assignments of the real tokens, and over those of them that are not held.
+    prompts: int64 [], the real tokens that are not decode.
     """
 
     experts: Tensor
@@ -77,6 +81,9 @@ class Selection:
     capacity: Tensor
     kept: Tensor
     left_without: Tensor
+    mass: Tensor
+    lost: Tensor
+    prompts: Tensor
 
     @property
     def dropped(self) -> Tensor:
@@ -271,6 +278,7 @@ def pack_rows(
     scores_TE: Tensor,
     topk_TK: Tensor,
     real_T: Tensor | None,
+    prompt_T: Tensor | None,
     experts_TL: Tensor,
     held_TL: Tensor | None,
     is_topk_TL: Tensor | None,
@@ -278,7 +286,8 @@ def pack_rows(
 ) -> Selection:
     """What each token holds, with weights, loads and counts.
 
-    topk_TK: the model's choice, for the loads before. The held experts of a row move to the left
+    topk_TK: the model's choice, for the loads and the gate mass before. prompt_T: bool, the real
+    tokens that are not decode; None for all rows. The held experts of a row move to the left
     in their order (best first); the first W stay, which is the cut by `max_experts`. held_TL None:
     all are held. is_topk_TL None: all are in the top-k.
     """
@@ -311,6 +320,12 @@ def pack_rows(
         kept = (held_TL & is_topk_TL).sum()
     without_T = _and(experts_TW[:, 0] < 0, real_T)
     assert without_T is not None
+    mass_TK = fixed_point(scores_TE.gather(1, topk_TK))
+    if real_T is not None:
+        mass_TK = mass_TK.where(real_T[:, None], 0)
+    holds_TE = torch.zeros((T, E + 1), dtype=torch.bool, device=scores_TE.device)
+    holds_TE.scatter_(1, experts_TW.where(experts_TW >= 0, E), True)
+    prompts = topk_TK.new_full((), T) if prompt_T is None else prompt_T.sum()
     return Selection(
         experts=experts_TW.int(),
         weights=kept_weights(weights_TW, unused_TW, plan.renormalize).contiguous(),
@@ -319,6 +334,9 @@ def pack_rows(
         capacity=limit_GX,
         kept=kept,
         left_without=without_T.sum(),
+        mass=mass_TK.sum(),
+        lost=mass_TK.masked_fill(holds_TE.gather(1, topk_TK), 0).sum(),
+        prompts=prompts,
     )
 
 
@@ -328,13 +346,14 @@ def _without_limit(
     models_TK: Tensor,
     topk_TK: Tensor,
     real_T: Tensor | None,
+    prompt_T: Tensor | None,
     num_groups: int,
 ) -> Selection:
     """The step without any limit: the model's choice, with what decode tokens hold instead."""
     held_TK = None if real_T is None else real_T[:, None].expand_as(topk_TK)
     size = (num_groups, len(plan.bin_sizes))
     limit_GX = torch.full(size, NO_LIMIT, dtype=torch.int32, device=scores_TE.device)
-    return pack_rows(plan, scores_TE, models_TK, real_T, topk_TK, held_TK, None, limit_GX)
+    return pack_rows(plan, scores_TE, models_TK, real_T, prompt_T, topk_TK, held_TK, None, limit_GX)
 
 
 # --- The whole ------------------------------------------------------------------------------
@@ -376,26 +395,24 @@ def route_torch(
     keys_TE = score_keys(scores_TE)
     is_plain = topk_TK is None
     models_TK = topk_TK = choose_top_k(keys_TE, k, topk_TK)
-    if plan.keeps and is_decode_T is not None:
-        decode_T = _and(is_decode_T, real_T)
-        assert decode_T is not None
+    prompt_T, decode_T = real_T, None
+    if is_decode_T is not None:
+        prompt_T, decode_T = _and(real_T, ~is_decode_T), _and(real_T, is_decode_T)
+    if plan.keeps and decode_T is not None:
         topk_TK = share_experts(plan.keeps, keys_TE, models_TK, real_T, decode_T)
 
     # Steps in which no limit can be in effect, whatever the tensors hold.
     if plan.mode == "off" or plan.gamma is None or plan.min_tokens > T:
-        return _without_limit(plan, scores_TE, models_TK, topk_TK, real_T, G)
+        return _without_limit(plan, scores_TE, models_TK, topk_TK, real_T, prompt_T, G)
     table, first_limited = capacity_table(plan, T, scores_TE.device)
     if first_limited > T:
-        return _without_limit(plan, scores_TE, models_TK, topk_TK, real_T, G)
+        return _without_limit(plan, scores_TE, models_TK, topk_TK, real_T, prompt_T, G)
 
     # Capacity of each group. Padding rows are in a group of their own, number G.
     group_T = None
     if plan.scope == "request":
         assert request_T is not None
         group_T = request_T if real_T is None else request_T.where(real_T, G)
-    prompt_T, decode_T = real_T, None
-    if is_decode_T is not None:
-        prompt_T, decode_T = _and(real_T, ~is_decode_T), _and(real_T, is_decode_T)
     count_G, limit_GX = group_limits(plan, table, T, real_T, prompt_T, group_T, G)
     index_T = token_index(T, real_T, group_T, count_G) if plan.metric == "random" else None
     class_T = None
@@ -435,4 +452,6 @@ def route_torch(
             experts_TL, is_topk_TL, held_TL = in_order(keys_TE, experts_TL, is_topk_TL, held_TL)
     if decode_T is not None:
         held_TL = held_TL | _known(_and(decode_T[:, None], is_topk_TL))
-    return pack_rows(plan, scores_TE, models_TK, real_T, experts_TL, held_TL, is_topk_TL, limit_GX)
+    return pack_rows(
+        plan, scores_TE, models_TK, real_T, prompt_T, experts_TL, held_TL, is_topk_TL, limit_GX
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_capmoe.limits import NO_LIMIT
 from vllm_capmoe.plan import Plan
-from vllm_capmoe.ranking import NAN_KEY, expert_bits
+from vllm_capmoe.ranking import MASS_BITS, MOST_MASS, NAN_KEY, expert_bits
 from vllm_capmoe.reference import Selection
 
 Array = NDArray[np.int64]
@@ -64,6 +64,11 @@ def route_unlimited(
         np.bincount(rows[real_T].ravel(), minlength=plan.num_experts).astype(np.int32)
         for rows in (models_TK, held_TK)
     )
+    masses_TK = fixed_point(scores[np.arange(T)[:, None], models_TK])
+    masses_TK[~real_T] = 0
+    lost = 0
+    if held_TK is not models_TK:
+        lost = masses_TK[~(models_TK[:, :, None] == held_TK[:, None, :]).any(axis=2)].sum()
     groups = num_requests if plan.scope == "request" else 1
     return Selection(
         experts=torch.from_numpy(experts_TW),
@@ -73,6 +78,9 @@ def route_unlimited(
         capacity=torch.full((groups, len(plan.bin_sizes)), NO_LIMIT, dtype=torch.int32),
         kept=torch.tensor(int(after_E.sum())),
         left_without=torch.tensor(0),
+        mass=torch.tensor(int(masses_TK.sum())),
+        lost=torch.tensor(int(lost)),
+        prompts=torch.tensor(int(real_T.sum()) - decodes),
     )
 
 
@@ -84,6 +92,12 @@ def score_keys(scores_TE: NDArray[np.float32]) -> Array:
     bits_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
     bits_TE[np.isnan(scores_TE)] = NAN_KEY
     return (bits_TE.astype(np.int64) << expert_bits(E)) + np.arange(E - 1, -1, -1)
+
+
+def fixed_point(scores: NDArray[np.float32]) -> Array:
+    """`ranking.fixed_point`."""
+    scores = np.where(scores > 0, scores, np.float32(0))  # NaN isn't
+    return (np.minimum(scores, np.float32(MOST_MASS)) * np.float32(2**MASS_BITS)).astype(np.int64)
 
 
 def best_first(keys_TE: Array, experts_TK: Array) -> Array:

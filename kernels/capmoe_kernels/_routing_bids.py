@@ -36,6 +36,13 @@ def score_of_key(key):
 
 
 @triton.jit
+def fixed_point(score):
+    """int64: floor(S * 2^20) as `vllm_capmoe.ranking.fixed_point`: from 0 to 2^30, 0 for NaN."""
+    score = tl.where(score > 0, tl.minimum(score, 1024.0), 0.0)
+    return (score * 1048576.0).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
 def fmix32(x):
     """Murmur3's 32-bit finaliser of uint32."""
     x ^= x >> 16

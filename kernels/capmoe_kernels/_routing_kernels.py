@@ -30,6 +30,7 @@ from capmoe_kernels._routing_bids import (
     NOBODY_WINS,
     NONE,
     TOPK,
+    fixed_point,
     key_of_score,
     score_of_key,
     wins_seat,
@@ -303,7 +304,7 @@ def pack_kernel(
     weights_ptr,  # float32 [T, W], written
     counts_ptr,  # int32 [blocks, E], written: loads of this block of rows
     load_after_ptr,  # int32 [E], zeros
-    totals_ptr,  # int64 [2], zeros: assignments of the top-k that are held; tokens without expert
+    totals_ptr,  # int64 [5], added to: kept, left_without, mass, lost, prompts (RoutedSelection)
     T,
     G,
     start,
@@ -332,6 +333,9 @@ def pack_kernel(
     loads = tl.zeros((EP,), tl.int32)
     kept = tl.full((), 0, tl.int64)
     without = tl.full((), 0, tl.int64)
+    mass = tl.full((), 0, tl.int64)
+    lost = tl.full((), 0, tl.int64)
+    prompts = tl.full((), 0, tl.int64)
     for row in range(block * ROWS, tl.minimum(block * ROWS + ROWS, T), BLOCK_T):
         t = row + tl.arange(0, BLOCK_T)
         inside = t < T
@@ -381,12 +385,19 @@ def pack_kernel(
         loads += tl.histogram(flat, EP, mask=tl.reshape(held, (BLOCK_T * LP,)))
         kept += tl.sum(tl.sum((held & is_topk).to(tl.int32), 1), 0)
         without += tl.sum(((tag >= 0) & (holds == 0)).to(tl.int32), 0)
+        own = tl.where(is_topk, fixed_point(score), 0)
+        mass += tl.sum(tl.sum(own, 1), 0)
+        lost += tl.sum(tl.sum(tl.where(held, 0, own), 1), 0)
+        prompts += tl.sum(((tag >= 0) & ((tag & 1) == 0)).to(tl.int32), 0)
 
     e = tl.arange(0, EP)
     tl.store(counts_ptr + block * E + e, loads, mask=e < E)
     tl.atomic_add(load_after_ptr + e, loads, mask=loads > 0, sem="relaxed")
     tl.atomic_add(totals_ptr, kept, sem="relaxed")
     tl.atomic_add(totals_ptr + 1, without, sem="relaxed")
+    tl.atomic_add(totals_ptr + 2, mass, sem="relaxed")
+    tl.atomic_add(totals_ptr + 3, lost, sem="relaxed")
+    tl.atomic_add(totals_ptr + 4, prompts, sem="relaxed")
     if not LIMITED:
         SHARE: tl.constexpr = 128
         for first in range(block * SHARE, G * X, tl.num_programs(0) * SHARE):
@@ -400,21 +411,29 @@ def add_at(pointer, value):
 
 
 @triton.jit
-def count_step(counters_ptr, before, after, kept, without, E: tl.constexpr, EP: tl.constexpr):
-    """Add a step to the counters of `routing.route_triton`: loads int32 [EP], two int64."""
+def count_step(counters_ptr, before, after, totals_ptr, E: tl.constexpr, EP: tl.constexpr):
+    """Add a step to the counters of `routing.route_triton`: loads int32 [EP], int64 [5] totals."""
     e = tl.arange(0, EP)
     for row in tl.static_range(2):
         at = counters_ptr + row * E + e
         total = tl.load(at, mask=e < E, other=0)
         tl.store(at, total + (before if row == 0 else after), mask=e < E)
     totals = counters_ptr + 2 * E
+    kept = tl.load(totals_ptr)
     asked = tl.sum(before, 0)
     add_at(totals, (asked > 0).to(tl.int64))
     add_at(totals + 1, asked - kept)
     add_at(totals + 2, tl.sum(after, 0) - kept)
-    add_at(totals + 3, without)
+    add_at(totals + 3, tl.load(totals_ptr + 1))
     add_at(totals + 4, tl.max(before, 0))
     add_at(totals + 5, tl.max(after, 0))
+    add_at(totals + 6, tl.load(totals_ptr + 2))
+    add_at(totals + 7, tl.load(totals_ptr + 3))
+    is_prompt = (tl.load(totals_ptr + 4) > 0).to(tl.int64)
+    add_at(totals + 8, is_prompt)
+    active = totals + 11 - 2 * is_prompt  # before and after, of one kind of step
+    add_at(active, tl.sum((before > 0).to(tl.int32), 0))
+    add_at(active + 1, tl.sum((after > 0).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -423,11 +442,11 @@ def seats_kernel(
     counts_ptr,  # int32 [blocks, E]
     loads_ptr,  # int32 [E]
     load_before_ptr,  # int32 [E]
-    totals_ptr,  # int64 [2], of pack_kernel
+    totals_ptr,  # int64 [5], of pack_kernel
     order_ptr,  # int32 [T * W], written
     offsets_ptr,  # int32 [E + 1], written
     seat_ptr,  # int32 [T, W], written
-    counters_ptr,  # int64 [2 * E + 6], added to; or None
+    counters_ptr,  # int64 [2 * E + 13], added to; or None
     T,
     E: tl.constexpr,
     EP: tl.constexpr,
@@ -448,8 +467,7 @@ def seats_kernel(
         tl.store(offsets_ptr + 1 + e, ends, mask=e < E)
         if counters_ptr is not None:
             asked = tl.load(load_before_ptr + e, mask=e < E, other=0)
-            kept, without = tl.load(totals_ptr), tl.load(totals_ptr + 1)
-            count_step(counters_ptr, asked, loads, kept, without, E, EP)
+            count_step(counters_ptr, asked, loads, totals_ptr, E, EP)
 
     before = tl.zeros((EP,), tl.int32)
     for first in range(0, block, CHUNK):

@@ -41,6 +41,9 @@ class RoutedSelection:
     capacity: int32 [G, X]; NO_LIMIT where none is in effect.
     kept: int64 [], the top-k assignments that are held.
     left_without: int64 [], the real tokens that hold no expert.
+    mass, lost: int64 [], gate mass in units of 2^-20 (S of an assignment rounded down, from 0 to
+        1024), added up over the top-k assignments of real tokens, and over those of them not held.
+    prompts: int64 [], the real tokens that are not decode.
     seats: the held assignments by expert.
     """
 
@@ -51,6 +54,9 @@ class RoutedSelection:
     capacity: Tensor
     kept: Tensor
     left_without: Tensor
+    mass: Tensor
+    lost: Tensor
+    prompts: Tensor
     seats: Seats
 
     @property

@@ -6,11 +6,11 @@
 import triton
 import triton.language as tl
 
-from capmoe_kernels._routing_bids import NONE, TOPK
+from capmoe_kernels._routing_bids import NONE, TOPK, fixed_point, score_of_key
 from capmoe_kernels._routing_kernels import put_candidate
 from capmoe_kernels._routing_limits import add_loads
 
-OWN = tl.constexpr(1)  # of the model's choice
+OWN = tl.constexpr(1)  # of the model's choice; HELD with it, or instead of others of it
 HELD = tl.constexpr(2)
 
 
@@ -26,6 +26,7 @@ def share_kernel(
     loaded_ptr,  # int32 [E + 1]: 1 where an expert is loaded; then k0
     bin_device_ptr,  # int [E] at level device, None at level expert; for the next one
     bin_loads_ptr,  # int32 [1, B], added to: what decode tokens hold; None if nobody asks
+    totals_ptr,  # int64 [5], of pack_kernel, which counts what is held for the model's choice
     T,
     E: tl.constexpr,
     EP: tl.constexpr,
@@ -52,18 +53,23 @@ def share_kernel(
         for j in range(K):
             candidate = tl.load(cand_ptr + j * T + t, mask=decode, other=TOPK - 1)
             here = columns[None, :] == (candidate % TOPK)[:, None]
-            state = tl.where(here, tl.where(j < k0, HELD, OWN), state)
+            state = tl.where(here, tl.where(j < k0, OWN | HELD, OWN), state)
         for _ in range(k0, K):
-            pool = tl.where((loaded > 0)[None, :] & (state != HELD), keys, NONE)
+            pool = tl.where((loaded > 0)[None, :] & (state < HELD), keys, NONE)
             best, expert = tl.max(pool, 1, return_indices=True)
             own, own_expert = tl.max(tl.where(state == OWN, keys, NONE), 1, return_indices=True)
             expert = tl.where(best == NONE, own_expert, expert)
-            state = tl.where(columns[None, :] == expert[:, None], HELD, state)
+            state = tl.where(columns[None, :] == expert[:, None], state | HELD, state)
 
         if bin_loads_ptr is not None:
-            held = (state == HELD) & decode[:, None]
+            held = (state >= HELD) & decode[:, None]
             add_loads(held, tag, columns, bin_device_ptr, bin_loads_ptr, E, B)
-        left = tl.where(state == HELD, keys, NONE)
+        mass = fixed_point(score_of_key(keys))
+        lost = tl.sum(tl.sum(tl.where(state == OWN, mass, 0), 1), 0)
+        gained = tl.sum(tl.sum(tl.where(state == HELD, mass, 0), 1), 0)
+        tl.atomic_add(totals_ptr + 2, lost - gained, sem="relaxed")
+        tl.atomic_add(totals_ptr + 3, lost, sem="relaxed")
+        left = tl.where(state >= HELD, keys, NONE)
         if keys_ptr is not None:
             tl.store(keys_ptr + columns[None, :] * T + t[:, None], left, mask=mask)
         to = tl.where(decode, t, T)  # nothing is written of the others

@@ -71,7 +71,11 @@ INTERPRETED = not isinstance(_routing_kernels.choose_kernel, triton.JITFunction)
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
-TOTALS = ("steps", "dropped", "expanded", "left_without", "max_before", "max_after")
+TOTALS = (
+    *("steps", "dropped", "expanded", "left_without", "max_before", "max_after", "mass", "lost"),
+    *("prompt_steps", "prompt_active_before", "prompt_active_after"),
+    *("decode_active_before", "decode_active_after"),
+)
 """What the last entries of `counters` add up, see `route_triton`."""
 
 
@@ -102,9 +106,10 @@ def route_triton(
         goes by the rows from its first to its last one. A row with another number is padding.
     device_E, token_device_T: int [E] and [T], used at level device and for local candidates.
     seed: for metric random.
-    counters: int64 [2 * E + 6] or None; the step is added to it: its loads before, its loads
-        after, then `TOTALS`: 1 if it has a real token, dropped, expanded, left_without, the
-        largest load before and after.
+    counters: int64 [2 * E + len(TOTALS)] or None; the step is added to it: its loads before, its
+        loads after, then `TOTALS`: 1 if it has a real token, dropped, expanded, left_without, the
+        largest load before and after, mass, lost, 1 if it has a prompt token; the experts with a
+        load before and after, if it has a prompt token, and the same two if it has none.
 
     Time is linear in T * E * (k + m). All integers equal those of `route_torch`; so do the bits of
     the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
@@ -245,9 +250,9 @@ def _route(
     # What is returned, and what is counted from zero: one launch.
     E4, G4 = up_to_four(E), up_to_four(G)
     counted = G * B if limited and plan.busiest else 0
-    sizes = [4, E4, E4, 4 * G4, up_to_four(E + 1) if sharing else 0, up_to_four(counted)]
+    sizes = [12, E4, E4, 4 * G4, up_to_four(E + 1) if sharing else 0, up_to_four(counted)]
     sums = torch.zeros(sum(sizes) // 2, dtype=torch.int64, device=device)
-    totals, sums_32 = sums[:2], sums.view(torch.int32).split(sizes)
+    totals, sums_32 = sums[:5], sums.view(torch.int32).split(sizes)
     load_before, load_after = sums_32[1][:E], sums_32[2][:E]
     groups = sums_32[3][: 4 * G] if limited else None
     loaded = sums_32[4][: E + 1] if sharing else None
@@ -268,6 +273,9 @@ def _route(
         capacity=capacity,
         kept=totals[0],
         left_without=totals[1],
+        mass=totals[2],
+        lost=totals[3],
+        prompts=totals[4],
         seats=seats,
     )
     if T == 0:
@@ -302,7 +310,7 @@ def _route(
         topk_TK,
         0 if topk_TK is None else topk_TK.stride(0),
         mask(is_padding_T),
-        mask(is_decode_T) if limited or sharing else None,
+        mask(is_decode_T),
         flat(request_T) if limited and by_request else None,
         mask(is_image_T) if limited and by_image else None,
         flat(device_E) if M > 0 and local else None,
@@ -344,6 +352,7 @@ def _route(
             loaded,
             bin_device if counted else None,
             bin_loads,
+            totals,
             T,
             E=E,
             EP=EP,

@@ -6,6 +6,7 @@ All engines run in float32 on weights of real scale, where a lost expert shows.
 import json
 import math
 import shutil
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -112,6 +113,14 @@ def test_decode_keep_without_a_mode(run, stock):
         return sum(load > 0 for load in loads)
 
     saved = decodes = 0
+    found = Counter[str]()
+    for step in alone + batch:
+        tokens = zip(step["is_padding"], step["is_decode"], strict=True)
+        kind = "prompt" if (False, False) in tokens else "decode"
+        for when in ("before", "after"):
+            found[f"{kind}_active_{when}"] += active(step[f"load_{when}"])
+    assert found == {key: sum(counted[key] for counted in ours["counters"]) for key in found}
+    assert len(found) == 4 and all(counted["lost"] > 0 for counted in ours["counters"][1:])
     for step in batch:
         rows = [row for row, padding in enumerate(step["is_padding"]) if not padding]
         assert all(sorted(step["experts"][row])[0] >= 0 for row in rows)

@@ -1,5 +1,6 @@
 """`vllm serve` with a capacity mode, over real HTTP, through the `openai` client."""
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -97,4 +98,13 @@ def test_metrics_count_what_was_dropped(server, client, model_name, mode):
     assert (series("expanded_assignments") > 0) == (mode == "expanded")
     assert 0 < series("dropped_assignments") < series("assignments")
     assert imbalance("before") > imbalance("after") >= 1.0
-    assert "MoE capacity: assignments" in server.text()
+    assert 0 < series("lost_gate_mass") < series("gate_mass") < series("assignments")
+    kind = f'{{model_name="{model_name}",step="prompt"'
+    steps = series("layer_steps", f"{kind}}}")
+    assert steps >= 4 and steps % 4 == 0  # layers
+    for when in ("before", "after"):
+        assert steps < series("active_experts", f'{kind},when="{when}"}}') <= 8 * steps
+    line = re.compile(
+        r"MoE capacity: assignments .*, gate mass lost [1-9].* active in prompt steps"
+    )
+    assert line.search(server.text())

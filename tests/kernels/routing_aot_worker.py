@@ -154,7 +154,7 @@ def record(case: Case) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         dtype = torch.bool if name.startswith("is_") else torch.int64
         shape, dtype = shapes.get(name, ((T,), dtype))
         tensors[name] = torch.zeros(shape, dtype=dtype)
-    tensors["counters"] = torch.zeros(2 * E + 6, dtype=torch.int64)
+    tensors["counters"] = torch.zeros(2 * E + len(routing.TOTALS), dtype=torch.int64)
     scores = torch.zeros(T, E, dtype=case.dtype)
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     kernels = {name: getattr(module, name) for name, module in MODULES.items()}

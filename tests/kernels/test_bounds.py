@@ -57,7 +57,7 @@ from capmoe_kernels import _gemm_kernels, routing
 from capmoe_kernels import experts as ours
 from capmoe_kernels._routing_launch import launch_config
 from capmoe_kernels.launch import Chip
-from capmoe_kernels.routing import route_logits_triton, route_triton
+from capmoe_kernels.routing import TOTALS, route_logits_triton, route_triton
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
 from vllm_capmoe.reference import route_torch
@@ -334,13 +334,14 @@ NOT_TO_THE_ENDS = (
     ("pack_kernel", "last_bid_ptr"),
     ("pack_kernel", "totals_ptr"),  # the beginning of a tensor
     ("seats_kernel", "totals_ptr"),
+    ("share_kernel", "totals_ptr"),
     ("seats_kernel", "counts_ptr"),  # those of the last block are nobody's before
 )
 
 
 def run_routing(checker: Checker, name: str, tokens: int, point: Point) -> None:
     logits = logits_of(name, tokens, point.skew)
-    counters = torch.zeros(2 * SHAPES[name].experts + 6, dtype=torch.int64)
+    counters = torch.zeros(2 * SHAPES[name].experts + len(TOTALS), dtype=torch.int64)
     with checker:
         route_logits_triton(logits, point.plan, scoring="softmax", counters=counters)
 
@@ -366,7 +367,7 @@ def test_routing_of_an_engine(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = logits_of(name, tokens, 3.0).float().softmax(-1)
     devices = torch.arange(shape.experts) % 4
-    counters = torch.zeros(2 * shape.experts + 6, dtype=torch.int64)
+    counters = torch.zeros(2 * shape.experts + len(TOTALS), dtype=torch.int64)
 
     def some(share: float) -> Tensor:
         return torch.rand(tokens, generator=generator) < share

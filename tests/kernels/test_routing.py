@@ -108,7 +108,10 @@ def bits(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def assert_same(got: RoutedSelection, want: Any, num_experts: int) -> None:
     """`got` is the Selection `want`, in values, types and shapes; and its seats fit."""
-    for name in ("experts", "load_before", "load_after", "capacity", "kept", "left_without"):
+    for name in (
+        "experts", "load_before", "load_after", "capacity", "kept", "left_without", "mass",
+        "lost", "prompts",
+    ):  # fmt: skip
         ours, theirs = getattr(got, name), getattr(want, name)
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
         assert torch.equal(ours, theirs), f"{name}\n{ours}\n{theirs}"
@@ -145,7 +148,7 @@ def check(scores: Tensor, plan: Plan, **tensors: Any) -> RoutedSelection:
         elif isinstance(value, Tensor) and value.dtype == torch.bool:
             bytes_ = walls.surround(value.view(torch.uint8), GARBAGE[torch.uint8])
             inside[name] = bytes_.view(torch.bool)
-    counters = torch.arange(2 * plan.num_experts + 6, device=DEVICE)
+    counters = torch.arange(2 * plan.num_experts + len(routing.TOTALS), device=DEVICE)
     inside["counters"] = walls.surround(counters, GARBAGE[torch.int64])
     got = run(route_triton, inside.pop("scores"), plan, **inside)
     walls.check()
@@ -153,6 +156,9 @@ def check(scores: Tensor, plan: Plan, **tensors: Any) -> RoutedSelection:
     before, after = want.load_before.tolist(), want.load_after.tolist()
     totals = (want.dropped, want.expanded, want.left_without)
     step = [int(max(before) > 0), *map(int, totals), max(before), max(after)]
+    active = [sum(load > 0 for load in loads) for loads in (before, after)]
+    kinds = [*active, 0, 0] if want.prompts > 0 else [0, 0, *active]
+    step += [int(want.mass), int(want.lost), int(want.prompts > 0), *kinds]
     assert (inside["counters"] - counters).tolist() == [*before, *after, *step]
     return got
 

@@ -43,37 +43,59 @@ def layer(loads: list[int], after: list[int], part: int = 0, **counts: int) -> L
 
 FIRST = layer(
     [10, 2, 2, 2], [6, 3, 2, 3],
-    steps=1, dropped=4, expanded=2, left_without=1, max_before=10, max_after=6,
+    steps=1, dropped=4, expanded=2, left_without=1, max_before=10, max_after=6, mass=1 << 20,
+    lost=1 << 19, prompt_steps=1, prompt_active_before=4, prompt_active_after=4,
 )  # fmt: skip
-SECOND = layer([1, 2, 3, 2], [1, 2, 3, 2], steps=2, max_before=3, max_after=3)
+SECOND = layer(
+    [1, 2, 3, 2], [1, 2, 3, 2],
+    steps=2, max_before=3, max_after=3, mass=2 << 20, decode_active_before=8, decode_active_after=5,
+)  # fmt: skip
 BOTH = {
     "dropped": 4,
     "expanded": 2,
     "left_without": 1,
     "max_before": 13,
     "max_after": 9,
+    "mass": 3 << 20,
+    "lost": 1 << 19,
+    "prompt_steps": 1,
+    "decode_steps": 2,
+    "prompt_active_before": 4,
+    "prompt_active_after": 4,
+    "decode_active_before": 8,
+    "decode_active_after": 5,
     "assignments": 24,
     "mean_before": 16 / E + 8 / E,
     "mean_after": 14 / E + 8 / E,
 }
-SERIES = {  # of twice BOTH
-    ("assignments", ""): 48.0,
-    ("dropped_assignments", ""): 8.0,
-    ("expanded_assignments", ""): 4.0,
-    ("tokens_without_expert", ""): 2.0,
+SERIES: dict[tuple[str, ...], float] = {  # of twice BOTH, with the values of `when` and `step`
+    ("assignments",): 48.0,
+    ("dropped_assignments",): 8.0,
+    ("expanded_assignments",): 4.0,
+    ("tokens_without_expert",): 2.0,
     ("peak_load", "before"): 26.0,
     ("peak_load", "after"): 18.0,
     ("mean_load", "before"): 12.0,
     ("mean_load", "after"): 11.0,
+    ("gate_mass",): 6.0,
+    ("lost_gate_mass",): 1.0,
+    ("layer_steps", "prompt"): 2.0,
+    ("layer_steps", "decode"): 4.0,
+    ("active_experts", "before", "prompt"): 8.0,
+    ("active_experts", "after", "prompt"): 8.0,
+    ("active_experts", "before", "decode"): 16.0,
+    ("active_experts", "after", "decode"): 10.0,
 }
 
 
-def published(model_name: str) -> dict[tuple[str, str], float | None]:
+def published(model_name: str) -> dict[tuple[str, ...], float | None]:
     """What is in the registry that vLLM's `/metrics` shows."""
-    found = {}
-    for name, when in SERIES:
-        labels = {"model_name": model_name} | ({"when": when} if when else {})
-        found[name, when] = REGISTRY.get_sample_value(f"vllm:moe_capacity_{name}_total", labels)
+    found: dict[tuple[str, ...], float | None] = {}
+    for name, *values in SERIES:
+        labels = {("when" if value in ("before", "after") else "step"): value for value in values}
+        labels["model_name"] = model_name
+        value = REGISTRY.get_sample_value(f"vllm:moe_capacity_{name}_total", labels)
+        found[name, *values] = value
     return found
 
 
@@ -99,6 +121,16 @@ def test_layers_are_read_and_added_up():
     assert len({counter.key for counter in TABLE}) == len(TABLE)
 
 
+def test_the_line_of_the_log() -> None:
+    line = metrics.as_text(BOTH)
+    assert line == (
+        "assignments 24, dropped 16.7%, expanded 8.3%, tokens without expert 1, "
+        "load max/mean 2.17 -> 1.64, gate mass lost 16.7%, "
+        "experts active in prompt steps 4.0 -> 4.0, experts active in decode steps 4.0 -> 2.5"
+    )
+    assert metrics.as_text({**BOTH, "prompt_steps": 0}).count("experts active") == 1
+
+
 def test_what_is_new_is_added_to_the_series(counted):
     """Two engines, one of two workers; then nothing new; then as much again."""
     nothing = dict.fromkeys(BOTH, 0)
@@ -117,7 +149,7 @@ def test_engines_of_one_name_and_of_two(counted, example_model):
     first = publisher("model", [[BOTH]], [[BOTH]])
     asyncio.run(first.publish())
     PrometheusStatLogger(config, [0])
-    assert published("model")["assignments", ""] == 24.0
+    assert published("model")["assignments",] == 24.0
     asyncio.run(first.publish())
     asyncio.run(publisher("other", [[BOTH], [BOTH]]).publish())
     assert published("other") == SERIES
@@ -134,7 +166,7 @@ def test_counters_that_cannot_be_read_are_one_line(counted, monkeypatch):
         asyncio.run(made.publish())
     line = "MoE capacity: the workers' counters could not be read: RuntimeError('the engine is gone"
     assert [text[: len(line)] for text in lines] == [line, line]
-    assert published("model")["assignments", ""] == 24.0
+    assert published("model")["assignments",] == 24.0
 
 
 @pytest.mark.timing
@@ -160,7 +192,7 @@ def test_publishing_ends_with_the_engine(counted):
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(run()) == set()
-    assert published("model")["assignments", ""] == 24.0
+    assert published("model")["assignments",] == 24.0
 
 
 @pytest.mark.parametrize(
@@ -208,7 +240,7 @@ def test_ray_gets_counters_of_its_own(counted):
     assert labelled._tags == {"model_name": "model", "when": "before", "ReplicaId": ""}
     both = Publisher("model", [counter_cls, Counter], None)
     both.advance([[BOTH]])
-    assert published("model")["assignments", ""] == 24.0
+    assert published("model")["assignments",] == 24.0
 
 
 def test_readers_change_nothing_and_see_nothing_of_the_start(monkeypatch):

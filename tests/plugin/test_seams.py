@@ -131,6 +131,22 @@ def test_a_step_of_padding_alone_is_no_step():
     assert made.stats.counters()["steps"] == 0
 
 
+@pytest.mark.parametrize(("decode", "kind"), [(T, "decode"), (T - 1, "prompt")])
+def test_active_experts_are_counted_by_kind_of_step(decode, kind):
+    tokens = prompt_of_one_request()
+    tokens.is_decode[:decode] = True
+    made = make(MIXTRAL, tokens, mode="off", decode_keep=1)
+    scores = LOGITS.scatter_add(1, torch.arange(T)[:, None] % K, torch.full((T, 1), 30.0))
+    with override_forward_context(forward_context()):
+        _, experts = made.route(scores, scores.topk(K).indices)
+    counted = made.stats.counters()
+    other = "prompt" if kind == "decode" else "decode"
+    assert counted[f"{kind}_active_before"] == E
+    assert counted[f"{kind}_active_after"] == len(set(experts.flatten().tolist())) < E
+    assert counted[f"{other}_active_before"] == counted[f"{other}_active_after"] == 0
+    assert counted["prompt_steps"] == (kind == "prompt")
+
+
 def test_a_token_without_an_expert_is_one_that_lost_all():
     made = make(MIXTRAL, prompt_of_one_request(), **{**LIMITED, "factor": 0.1})  # a seat an expert
     with override_forward_context(forward_context()):

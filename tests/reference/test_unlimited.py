@@ -1,16 +1,17 @@
 """Steps without a limit on the CPU are `route_torch`'s, bit for bit."""
 
+import dataclasses
 import random
 
 import torch
 
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.reference import Selection, route_torch
 from vllm_capmoe.unlimited import route_unlimited
 
 CASES = 3000
-FIELDS = ("experts", "weights", "load_before", "load_after", "capacity", "kept", "left_without")
+FIELDS = [field.name for field in dataclasses.fields(Selection)]
 
 
 def scores_of(draw: random.Random, T: int, E: int) -> torch.Tensor:

@@ -120,14 +120,20 @@ class Publisher:
 
 
 def as_text(new: Totals) -> str:
-    """The line of the log."""
+    """The line of the log. Active experts are those of a layer in a step, on average."""
     share = 100.0 / max(1, new["assignments"])
     before, after = (new[f"max_{w}"] / max(1e-9, new[f"mean_{w}"]) for w in ("before", "after"))
-    return (
-        f"assignments {new['assignments']:.0f}, dropped {new['dropped'] * share:.1f}%, "
-        f"expanded {new['expanded'] * share:.1f}%, tokens without expert "
-        f"{new['left_without']}, load max/mean {before:.2f} -> {after:.2f}"
-    )
+    parts = [
+        f"assignments {new['assignments']:.0f}, dropped {new['dropped'] * share:.1f}%",
+        f"expanded {new['expanded'] * share:.1f}%, tokens without expert {new['left_without']}",
+        f"load max/mean {before:.2f} -> {after:.2f}",
+        f"gate mass lost {100.0 * new['lost'] / max(1, new['mass']):.1f}%",
+    ]
+    for step in ("prompt", "decode"):
+        if steps := new[f"{step}_steps"]:
+            before, after = (new[f"{step}_active_{w}"] / steps for w in ("before", "after"))
+            parts.append(f"experts active in {step} steps {before:.1f} -> {after:.1f}")
+    return ", ".join(parts)
 
 
 def patches() -> list[Patch]:

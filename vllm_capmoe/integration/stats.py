@@ -9,13 +9,14 @@ worker between two steps: `moe_capacity_counters` for each layer, `moe_capacity_
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_capmoe.ranking import MASS_BITS
 from vllm_capmoe.reference import Selection
 
 MAX_RECORDS = 100_000
@@ -28,8 +29,8 @@ class Counter:
     """A number that is counted in every layer.
 
     key: its name in a layer's counters (if it has `step`) and in `totals` (if it has a `series`).
-    step: what one step adds to it on the device, an integer or bool tensor []; None for what
-        follows from the others of a layer, by `layer`.
+    step: what one step adds to it, an integer or bool, of a selection of numpy arrays; None for
+        what follows from the others of a layer, by `layer`.
     series, labels, help: its Prometheus series, `vllm:moe_capacity_{series}_total`, if it has one,
         with its labels beside `model_name`, and what the series says of itself. Counters of one
         series have the same labels with different values.
@@ -37,7 +38,7 @@ class Counter:
     """
 
     key: str
-    step: Callable[[Selection], Tensor] | None = None
+    step: Callable[[Any], Any] | None = None
     layer: Callable[[Layer], float] | None = None
     series: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -55,10 +56,24 @@ def _mean(loads: Sequence[int]) -> float:
 
 _PEAK = "Load of the busiest expert, added up over layers and steps."
 _MEAN = "Mean load of the experts, added up over layers and steps."
+_LAYER_STEPS = "Steps with prompt tokens and without, in each layer."
+_ACTIVE = "Experts with a load, added up over layers and steps with prompt tokens and without."
 _BEFORE, _AFTER = {"when": "before"}, {"when": "after"}
 
+
+def _active(step: str, when: str) -> Counter:
+    """Experts with a load. step: "prompt", steps with a prompt token, or "decode", the others."""
+
+    def count(s: Any) -> Any:
+        loads_E = s.load_before if when == "before" else s.load_after
+        return (loads_E > 0).sum() * ((s.prompts > 0) == (step == "prompt"))
+
+    labels = {"step": step, "when": when}
+    return Counter(f"{step}_active_{when}", count, None, "active_experts", labels, _ACTIVE)
+
+
 TABLE = (
-    Counter("steps", lambda s: s.load_before.amax() > 0),  # a dummy step has no tokens
+    Counter("steps", lambda s: s.load_before.max() > 0),  # a dummy step has no tokens
     Counter(
         "dropped",
         lambda s: s.dropped,
@@ -77,8 +92,37 @@ TABLE = (
         series="tokens_without_expert",
         help="Tokens that lost all their experts in a layer.",
     ),
-    Counter("max_before", lambda s: s.load_before.amax(), None, "peak_load", _BEFORE, _PEAK),
-    Counter("max_after", lambda s: s.load_after.amax(), None, "peak_load", _AFTER, _PEAK),
+    Counter("max_before", lambda s: s.load_before.max(), None, "peak_load", _BEFORE, _PEAK),
+    Counter("max_after", lambda s: s.load_after.max(), None, "peak_load", _AFTER, _PEAK),
+    Counter(
+        "mass",
+        lambda s: s.mass,
+        series="gate_mass",
+        help="Gate mass, the sum of the scores of the assignments that the models' routers made.",
+        unit=2.0**-MASS_BITS,
+    ),
+    Counter(
+        "lost",
+        lambda s: s.lost,
+        series="lost_gate_mass",
+        help="Gate mass of those of these assignments that are not held.",
+        unit=2.0**-MASS_BITS,
+    ),
+    Counter(
+        "prompt_steps",
+        lambda s: s.prompts > 0,
+        series="layer_steps",
+        labels={"step": "prompt"},
+        help=_LAYER_STEPS,
+    ),
+    *(_active(step, when) for step in ("prompt", "decode") for when in ("before", "after")),
+    Counter(
+        "decode_steps",
+        layer=lambda counted: counted["steps"] - counted["prompt_steps"],
+        series="layer_steps",
+        labels={"step": "decode"},
+        help=_LAYER_STEPS,
+    ),
     Counter(
         "assignments",
         layer=lambda counted: sum(counted["load_before"]),
@@ -88,6 +132,7 @@ TABLE = (
     Counter("mean_before", None, lambda c: _mean(c["load_before"]), "mean_load", _BEFORE, _MEAN),
     Counter("mean_after", None, lambda c: _mean(c["load_after"]), "mean_load", _AFTER, _MEAN),
 )
+_READ = ("load_before", "load_after", "kept", "left_without", "mass", "lost", "prompts")
 _STEPS = {counter.key: counter.step for counter in TABLE if counter.step}
 TOTALS = tuple(_STEPS)
 """What is counted beside the loads, in the order in which the routing kernel does it."""
@@ -126,8 +171,9 @@ class LayerStats:
         self.counts.zero_()
 
     def add(self, selection: Selection) -> None:
-        """Count one step."""
-        totals = torch.stack([step(selection).long() for step in _STEPS.values()])
+        """Count one step of plain torch: on the CPU, where numpy's calls cost the least."""
+        arrays = replace(selection, **{name: getattr(selection, name).numpy() for name in _READ})
+        totals = torch.tensor([int(step(arrays)) for step in _STEPS.values()])
         self.counts += torch.cat((selection.load_before, selection.load_after, totals))
 
     def record(self, selection: Selection, **tokens: Tensor | None) -> None:
