@@ -14,6 +14,7 @@ from vllm_capmoe.planner.cli import main
 
 COMMAND = [sys.executable, "-m", "vllm_capmoe.planner.cli", "plan"]
 TEXT = "The quick brown fox jumps over the lazy dog while the experts wait for their tokens. "
+COMPARED = ("assignments", "dropped", "lost", "mass", "peak_before", "peak_after")
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,23 @@ def test_a_plan_predicts_what_its_settings_then_do(
     assert plan["verdict"]["worth"], plan["verdict"]["reason"]
     assert 0 < predicted["mass_missing_share"] <= 0.05
     assert predicted["moe_layers_speed_bound"] > 1.05
-    # What layers above an unlimited one get is not the same as without a limit: nearly.
-    assert check["dropped"] == pytest.approx(predicted["dropped"], rel=0.05)
+    assert sum(layer["predicted"]["dropped"] for layer in check["layers"]) == predicted["dropped"]
+    limited = [layer for layer in check["layers"] if layer["predicted"]["dropped"]]
+    # The first limited layer gets what was observed; generated tokens are never dropped.
+    for key in ("dropped", "added", "left_without", "lost"):
+        assert limited[0]["measured"][key] == limited[0]["predicted"][key], key
+    # Those above get other inputs, and in this model experts matter: a layer is off by up to a
+    # fifth, all together nearly right.
+    told, found = (
+        {key: sum(layer[which][key] for layer in check["layers"]) for key in COMPARED}
+        for which in ("predicted", "measured")
+    )
+    assert found["assignments"] == pytest.approx(told["assignments"], abs=40 * 4 * 2 * 4)
+    for part, whole in (("dropped", "assignments"), ("lost", "mass")):
+        shares = [each[part] / each[whole] for each in (found, told)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.01) and shares[0] > 0.05
+    for key in ("peak_before", "peak_after", "mass"):
+        assert found[key] == pytest.approx(told[key], rel=0.05), key
     assert check["tokens"] > 40 * 50
     assert check["agreement"] < 1 and check["kl"] > 0
     layers = json.loads((tmp_path / "layers.json").read_text())

@@ -10,6 +10,7 @@ import pytest
 from planned import ADVICE, FOUND, VERDICT
 
 from vllm_capmoe.planner import check, page, report
+from vllm_capmoe.planner.counts import Counts
 from vllm_capmoe.planner.grid import MODES
 
 
@@ -66,11 +67,16 @@ def test_the_page_has_plots_and_asks_nothing_of_the_network() -> None:
     assert "a &lt;model&gt;" in html and "<model>" not in html
 
 
+COUNTED = dict(
+    assignments=40, dropped=10, mass=16.0, lost=2.0, peak_before=8, peak_after=4
+)  # in a second, in one layer
+
+
 def chunk(seconds: float, *answers: tuple[str, list[float]]) -> dict[str, object]:
     """answers: the text, and the probability of "1" at each position, whose token is "1"."""
     return {
         "seconds": seconds,
-        "dropped": 10.0 * seconds,
+        "layers": {"3": {key: count * seconds for key, count in COUNTED.items()}},
         "answers": [
             {
                 "text": text,
@@ -90,9 +96,10 @@ def chunk(seconds: float, *answers: tuple[str, list[float]]) -> dict[str, object
 
 
 def test_the_comparison_of_two_runs() -> None:
+    predicted = Counts(assignments=80, dropped=21, mass=32, lost=4, peak_before=16, peak_after=7)
     without = [chunk(2.0, ("yes", [0.5, 0.8])), chunk(2.0, ("no", [0.6]))]
     limited = [chunk(1.0, ("yes", [0.5, 0.4])), chunk(1.0, ("never", [0.6]))]
-    found = check.compare(without, limited)
+    found = check.compare(without, limited, {3: predicted})
     assert found.tokens == 3
     assert found.delta_nll == pytest.approx(math.log(2) / 3)
     assert found.kl == pytest.approx((0.8 * math.log(2) + 0.2 * math.log(0.2 / 0.6)) / 3)
@@ -101,12 +108,16 @@ def test_the_comparison_of_two_runs() -> None:
     assert found.speed == pytest.approx((5 + 8) / 2.0 / ((5 + 5) / 4.0))
     # Prompt by prompt beyond the mean: +-(log 2)/3 of two prompts.
     assert found.standard_error == pytest.approx(2 * math.log(2) / 3 / 3)
-    assert found.dropped == 20
+    (layer,) = found.layers
+    assert layer.layer == 3 and layer.measured == {key: 2 * n for key, n in COUNTED.items()}
+    assert layer.predicted == {key: getattr(predicted, key) for key in COUNTED}
+    assert "assignments dropped 26.25% -> 25.00%, gate mass lost 12.50% -> 12.50%" in found.text()
+    assert "load of the busiest expert 43.75% -> 50.00%" in found.text()
     assert "no" in found.text() and "never" in found.text()
 
 
 def test_equal_runs_differ_in_nothing() -> None:
     run = [chunk(1.0, ("yes", [0.5, 0.8]))]
-    found = check.compare(run, run)
+    found = check.compare(run, run, {3: Counts()})
     assert (found.delta_nll, found.standard_error, found.kl, found.agreement) == (0, 0, 0, 1)
     assert found.changed == []

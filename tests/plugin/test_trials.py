@@ -89,7 +89,7 @@ def test_trials_count_what_the_settings_do() -> None:
                 "active_after": int((r.load_after > 0).sum()),
             }.items():
                 expected[key] += value
-        assert router.trials.counts["prompt"][name] == pytest.approx(expected, rel=1e-6)
+        assert router.trials.counts["prompt"][name] == pytest.approx(expected, rel=1e-4)
         assert expected["dropped"] > 0 and expected["lost"] > 0
         decode = router.trials.counts["decode"][name]
         assert (decode["steps"], decode["dropped"], decode["added"]) == (1, 0, 0)

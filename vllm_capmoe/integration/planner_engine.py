@@ -18,6 +18,8 @@ from typing import Any
 CHUNK = 32  # prompts of one call of the engine, after which the result is saved
 TOP = 8  # log-probabilities per prompt position, for KL divergences; the rest counts as one token
 
+Counted = dict[int, dict[str, float]]  # by number of the layer
+
 
 def engine_args(words: list[str], settings: dict[str, Any]) -> Any:
     """vLLM's `EngineArgs` of a command line, with settings of the plugin over what it says.
@@ -65,7 +67,7 @@ def run(spec: dict[str, Any], result: Path, done: int, observe: bool) -> None:
         prompt_logprobs=None if observe else TOP,
     )
     limited = not observe and spec["settings"]["mode"] != "off"
-    dropped = 0.0
+    seen: Counted = {}
     bar = tqdm(total=len(spec["prompts"]), initial=done, unit=" prompts", leave=False)
     for chats, chunk in conversations(spec["prompts"][done:]):
         if observe:
@@ -83,9 +85,10 @@ def run(spec: dict[str, Any], result: Path, done: int, observe: bool) -> None:
                 "layers": _layers(llm.collective_rpc("moe_capacity_tried")),
             }
         else:
-            before, dropped = dropped, _dropped(llm) if limited else 0.0
+            before, seen = seen, _counted(llm) if limited else {}
+            new = {number: _less(layer, before.get(number)) for number, layer in seen.items()}
             answers = [_answer(output) for output in outputs]
-            counted |= {"seconds": seconds, "answers": answers, "dropped": dropped - before}
+            counted |= {"seconds": seconds, "answers": answers, "layers": new}
         with result.open("a") as file:
             file.write(json.dumps(counted) + "\n")
         bar.update(len(chunk))
@@ -101,9 +104,38 @@ def _fits(llm: Any, prompt: Any, max_tokens: int) -> bool:
     return len(tokenizer.encode(prompt)) + max_tokens <= most
 
 
-def _dropped(llm: Any) -> float:
-    """The assignments that were dropped since the engine started."""
-    return sum(totals["dropped"] for totals in llm.collective_rpc("moe_capacity_totals"))
+def _counted(llm: Any) -> Counted:
+    """What the layers have counted since the engine started: the keys of `Counts` that serving
+    counts too, layer by layer.
+    """
+    from vllm_capmoe.integration.layers import layer_number
+    from vllm_capmoe.ranking import MASS_BITS
+
+    found: Counted = {}
+    workers = llm.collective_rpc("moe_capacity_counters")
+    # Tensor parallel workers count alike, but for those that route parts of the tokens.
+    for layer in {(each["layer"], each["part"]): each for own in workers for each in own}.values():
+        counts = {
+            "steps": layer["steps"],
+            "assignments": sum(layer["load_before"]),
+            "dropped": layer["dropped"],
+            "added": layer["expanded"],
+            "left_without": layer["left_without"],
+            "mass": layer["mass"] * 2.0**-MASS_BITS,
+            "lost": layer["lost"] * 2.0**-MASS_BITS,
+            "peak_before": layer["max_before"],
+            "peak_after": layer["max_after"],
+            "active_before": layer["prompt_active_before"] + layer["decode_active_before"],
+            "active_after": layer["prompt_active_after"] + layer["decode_active_after"],
+        }
+        number = layer_number(layer["layer"])
+        found[number] = {key: counts[key] + found.get(number, {}).get(key, 0) for key in counts}
+    return found
+
+
+def _less(counts: dict[str, float], before: dict[str, float] | None) -> dict[str, float]:
+    """What is new since `before`."""
+    return {key: value - (before or {}).get(key, 0) for key, value in counts.items()}
 
 
 def _layers(workers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -16,11 +16,13 @@ from vllm.config import CUDAGraphMode
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration.layers import layer_number, moe_layers
 from vllm_capmoe.plan import Plan, resolve
-from vllm_capmoe.ranking import choose_top_k, score_keys
+from vllm_capmoe.ranking import MASS_BITS, choose_top_k, score_keys
 from vllm_capmoe.reference import route_torch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+UNIT = 2.0**-MASS_BITS  # of the gate mass that is counted
 
 
 class LayerTrials:
@@ -69,8 +71,8 @@ class LayerTrials:
                 "dropped": int(before_E.sum()) - kept,
                 "added": int(after_E.sum()) - kept,
                 "left_without": int(selection.left_without),
-                "mass": float(mass_T.sum()),
-                "lost": float((mass_T - _mass(scores_TE, held_TW, own_TW)).sum()),
+                "mass": int(selection.mass) * UNIT,
+                "lost": int(selection.lost) * UNIT,
                 "missing": float((mass_T - _mass(scores_TE, held_TW, held_TW >= 0)).clamp(0).sum()),
                 "peak_before": int(before_E.max()),
                 "peak_after": int(after_E.max()),

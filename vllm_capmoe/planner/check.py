@@ -1,9 +1,11 @@
 """The same prompts with the planned settings and without: what changed. Standard library only."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from vllm_capmoe.planner.counts import Counts
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,20 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A layer under the settings: what the plan says that it counts, and what the run counted.
+
+    Both by the names of `Counts`, those that serving counts too, over all steps. The inputs of the
+    first layer with a limit are those that were observed, so its prompt tokens are decided as
+    planned; the layers above it get other inputs, and what is generated may differ.
+    """
+
+    layer: int
+    predicted: dict[str, float]
+    measured: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Check:
     """With the settings against without, paired token by token. Prompts count as samples.
 
@@ -23,8 +39,8 @@ class Check:
     token (nats), standard_error over prompts. kl: mean divergence of the next-token distributions
     (nats; over the most likely tokens of the first, all others as one). agreement: share of the
     positions with the same most likely token. speed: output and prompt tokens per second with
-    over without, as it came; the two runs were one after the other. dropped: assignments that the
-    limited run dropped.
+    over without, as it came; the two runs were one after the other. layers: what the limited run
+    counted, beside what was predicted.
     """
 
     prompts: int
@@ -36,7 +52,7 @@ class Check:
     speed: float
     tokens_before: int
     tokens_after: int
-    dropped: int
+    layers: list[Measured] = field(default_factory=list)
     changed: list[Changed] = field(default_factory=list)
 
     def text(self, shown: int = 3) -> str:
@@ -46,8 +62,18 @@ class Check:
             f"nll {self.delta_nll:+.4f} ± {self.standard_error:.4f}, KL {self.kl:.4f}, "
             f"same top token {self.agreement:.2%}, {len(self.changed)} of {self.prompts} answers "
             f"changed (greedy), {self.tokens_before} -> {self.tokens_after} tokens generated, "
-            f"{self.dropped} assignments dropped, {self.speed:.2f} times the speed (one run each).",
+            f"{self.speed:.2f} times the speed (one run each).",
         ]
+        if self.layers:
+            told = [
+                f"{what} {self.share(key, of, 0):.2%} -> {self.share(key, of, 1):.2%}"
+                for what, key, of in (
+                    ("assignments dropped", "dropped", "assignments"),
+                    ("gate mass lost", "lost", "mass"),
+                    ("load of the busiest expert", "peak_after", "peak_before"),
+                )
+            ]
+            parts.append(f"Predicted -> measured: {', '.join(told)}.")
         for changed in self.changed[:shown]:
             parts.append(
                 f"prompt {changed.prompt}\n  without: {changed.before[:300]!r}\n"
@@ -55,15 +81,30 @@ class Check:
             )
         return "\n".join(parts)
 
+    def share(self, key: str, of: str, measured: int) -> float:
+        """Of all layers, as predicted (0) or as measured (1)."""
+        counts = [(layer.predicted, layer.measured)[measured] for layer in self.layers]
+        return sum(each[key] for each in counts) / max(1e-9, sum(each[of] for each in counts))
 
-def compare(without: Iterable[dict[str, Any]], limited: Iterable[dict[str, Any]]) -> Check:
-    """The chunks of two runs of the same prompts (`planner_engine answer`), read side by side."""
+
+def compare(
+    without: Iterable[dict[str, Any]],
+    limited: Iterable[dict[str, Any]],
+    predicted: Mapping[int, Counts],
+) -> Check:
+    """The chunks of two runs of the same prompts (`planner_engine answer`), read side by side.
+
+    predicted: what the limited run should count in each layer, by its number.
+    """
     rises: list[tuple[int, float]] = []  # by prompt: tokens, rise of the nll
-    kl, agree, prompt_tokens, dropped = 0.0, 0, 0, 0.0
+    kl, agree, prompt_tokens = 0.0, 0, 0
+    counted: dict[int, dict[str, float]] = {}
     generated, seconds = [0, 0], [0.0, 0.0]
     changed = []
     for old_chunk, new_chunk in zip(without, limited, strict=True):
-        dropped += new_chunk["dropped"]
+        for number, new in new_chunk["layers"].items():
+            before = counted.get(int(number), {})
+            counted[int(number)] = {key: new[key] + before.get(key, 0) for key in new}
         for at, chunk in enumerate((old_chunk, new_chunk)):
             seconds[at] += chunk["seconds"]
             generated[at] += sum(answer["tokens"] for answer in chunk["answers"])
@@ -93,7 +134,10 @@ def compare(without: Iterable[dict[str, Any]], limited: Iterable[dict[str, Any]]
         speed=rates[1] / rates[0] if rates[0] else 1.0,
         tokens_before=generated[0],
         tokens_after=generated[1],
-        dropped=round(dropped),
+        layers=[
+            Measured(number, {key: getattr(predicted[number], key) for key in own}, own)
+            for number, own in sorted(counted.items())
+        ],
         changed=changed,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import vllm_capmoe
 from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.planner import check, page, prompts, report, verdict
-from vllm_capmoe.planner.counts import Observation
+from vllm_capmoe.planner.counts import Counts, Observation
 from vllm_capmoe.planner.grid import trials
 from vllm_capmoe.planner.results import read
 
@@ -121,8 +121,16 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
     if arguments.check:
         off = {"settings": {**base.to_dict(), "mode": "off"}}
         on = {"settings": {**settings.to_dict(), "layers": found.limits.settings()}}
+        # A step of decode tokens alone is plain top-k under every limit.
+        predicted = {
+            layer.number: found.limits.by_layer[layer.number]
+            + layer.decode.get(tried[0].name, Counts())
+            for layer in observation.layers
+        }
         result = check.compare(
-            _run("answer", out, spec | off, "without"), _run("answer", out, spec | on, "with")
+            _run("answer", out, spec | off, "without"),
+            _run("answer", out, spec | on, "with"),
+            predicted,
         )
         plain["check"] = asdict(result)
         text += "\n\n" + result.text()

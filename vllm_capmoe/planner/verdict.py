@@ -25,11 +25,17 @@ class Limits:
     """A mode with a factor for each layer, and what that does on the observed steps.
 
     factors: by layer number; None where the layer has no limit.
+    by_layer: what that does in each layer.
     """
 
     mode: str
     factors: dict[int, float | None]
-    counts: Counts
+    by_layer: dict[int, Counts]
+
+    @property
+    def counts(self) -> Counts:
+        """Of all layers."""
+        return total(self.by_layer.values())
 
     @property
     def speed(self) -> float:
@@ -111,7 +117,7 @@ def best_limits(observation: Observation, mode: str, max_loss: float) -> Limits:
         chosen[-number] = option
         left -= cost
     factors = {number: factor for number, (factor, _) in chosen.items()}
-    return Limits(mode, factors, total(counts for _, counts in chosen.values()))
+    return Limits(mode, factors, {number: counts for number, (_, counts) in chosen.items()})
 
 
 def decide(observation: Observation, max_loss: float) -> Verdict:
