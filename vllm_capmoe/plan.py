@@ -4,65 +4,11 @@ Standard library only. The letters are those of `reference.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 
+from capmoe_kernels.contract import Plan
 from vllm_capmoe.config import CapacityConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A configuration resolved for one layer: no `auto` is left, and all numbers fit together.
-
-    `resolve` builds and validates it. Nothing here depends on a step.
-
-    mode: "off", "drop", "expanded" or "reroute". num_experts: E. top_k: k.
-    gamma: exact, None for infinite.
-    metric, level, scope, priority: the words of the configuration.
-    local: extra candidates are on the token's own device only.
-    extra: m, already cut to what there can be; in reroute the most experts that a token can be
-        given; 0 in the other modes.
-    busiest: no limit is above the largest load before it.
-    max_experts: the most experts of one token, or None.
-    renormalize: rescale the kept weights to sum to one.
-    bin_sizes: experts per bin: (1,) at level expert, (n_0, ..., n_{D-1}) at level device.
-    keeps: k0, the experts that decode keep leaves to each decode token, in a step of 0, 1, ...
-        decode tokens; the last one for all larger steps. () where it is off, or k0 is always k.
-    """
-
-    mode: str
-    num_experts: int
-    top_k: int
-    gamma: Fraction | None = None
-    metric: str = "score"
-    level: str = "expert"
-    scope: str = "batch"
-    priority: str = "uniform"
-    min_capacity: int = 1
-    min_tokens: int = 0
-    local: bool = False
-    extra: int = 0
-    busiest: bool = False
-    max_experts: int | None = None
-    renormalize: bool = False
-    bin_sizes: tuple[int, ...] = (1,)
-    keeps: tuple[int, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """W, the columns of the result: the most experts a token can hold."""
-        width = self.top_k + self.extra
-        return width if self.max_experts is None else min(width, self.max_experts)
-
-    @property
-    def acts(self) -> bool:
-        """Whether a token may hold others than its top-k."""
-        return self.mode != "off" or self.keeps != ()
-
-    @property
-    def num_bins(self) -> int:
-        """B, the bins of one group."""
-        return self.num_experts if self.level == "expert" else len(self.bin_sizes)
+__all__ = ["Plan", "resolve"]
 
 
 def resolve(

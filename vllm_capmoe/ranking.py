@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from capmoe_kernels.contract import fmix32
+
 _MASK = 0xFFFFFFFF
 NAN_KEY = -(2**31)
 
@@ -52,19 +54,6 @@ def choose_top_k(keys_TE: Tensor, top_k: int, topk_TK: Tensor | None = None) -> 
 def best_first(keys_TE: Tensor, experts_TL: Tensor) -> Tensor:
     """int64 [T, L]: the columns of each row by falling score, ties to the lower expert."""
     return keys_TE.gather(1, experts_TL).argsort(dim=1, descending=True)
-
-
-def fmix32(x: Tensor) -> Tensor:
-    """Murmur3's 32-bit finaliser on int64 tensors with values in [0, 2^32).
-
-    x ^= x >> 16; x *= 0x85ebca6b; x ^= x >> 13; x *= 0xc2b2ae35; x ^= x >> 16, modulo 2^32.
-    A product may pass 2^63, but the 32 lowest bits are right all the same.
-    """
-    x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & _MASK
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
 
 
 def draws(seed: int, index_T: Tensor, experts_TL: Tensor) -> Tensor:

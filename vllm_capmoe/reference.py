@@ -22,7 +22,7 @@ The steps, in the order in which `route_torch` takes them:
     score_keys        floats to integers of the same order, so that all choices are exact
     choose_top_k      algorithm 1, line 1: the k best experts of each token
     share_experts     decode keep: decode tokens share what the step loads (sharing.py)
-    group_limits      C = ceil(gamma * T * k / E), in integers (limits.py)
+    group_limits      C = ceil(gamma * T * k / E), in integers (limits.py, capmoe_kernels.capacity)
     extra_candidates  algorithm 2, line 1: m more candidates per token
     metric_keys       the metric by which a bin ranks its candidates (ranking.py, as the first two)
     fill_bins         algorithms 1 and 2: every bin keeps its C best
@@ -41,8 +41,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_capmoe.limits import NO_LIMIT, below_the_busiest, capacity_table, count, group_limits
-from vllm_capmoe.plan import Plan
+from capmoe_kernels.capacity import capacity_table
+from capmoe_kernels.contract import NO_LIMIT, Plan
+from vllm_capmoe.limits import below_the_busiest, count, group_limits
 from vllm_capmoe.ranking import (
     best_first,
     choose_top_k,

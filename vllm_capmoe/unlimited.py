@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_capmoe.limits import NO_LIMIT
-from vllm_capmoe.plan import Plan
+from capmoe_kernels.contract import NO_LIMIT, Plan
 from vllm_capmoe.ranking import MASS_BITS, MOST_MASS, NAN_KEY, expert_bits
 from vllm_capmoe.reference import Selection
 

@@ -6,10 +6,12 @@
 import triton
 import triton.language as tl
 
+from capmoe_kernels import contract
+
 METRICS = ("score", "order", "reverse-order", "random")
 """What `bid_of` and `digits_of_bids` know; others they refuse at compile time."""
 
-NO_LIMIT = tl.constexpr(2**31 - 1)
+NO_LIMIT = tl.constexpr(contract.NO_LIMIT)
 NONE = tl.constexpr(-(2**31))  # score key of what is no candidate: below all others
 NAN_KEY = tl.constexpr(-(2**31) + 1)  # score key of NaN: below that of -inf
 TOPK = tl.constexpr(2**16)  # a candidate is expert + TOPK * (is it of the top-k)
@@ -44,7 +46,7 @@ def fixed_point(score):
 
 @triton.jit
 def fmix32(x):
-    """Murmur3's 32-bit finaliser of uint32."""
+    """`contract.fmix32` of uint32."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13

@@ -3,12 +3,11 @@
 Host only, and only of what the host knows: shapes, types, devices, the plan.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from capmoe_kernels._routing_bids import METRICS
+from capmoe_kernels.contract import Plan
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -18,48 +17,7 @@ _TABLE_LIMIT = 2**31
 _BINS_LIMIT = 2**29  # of groups * bins: a tag is 4 * group + 3 in 31 bits
 
 
-class PlanLike(Protocol):
-    """What is read of `vllm_capmoe.plan.Plan`, whose docstring explains the fields."""
-
-    @property
-    def mode(self) -> str: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def gamma(self) -> object: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def level(self) -> str: ...
-    @property
-    def scope(self) -> str: ...
-    @property
-    def priority(self) -> str: ...
-    @property
-    def min_capacity(self) -> int: ...
-    @property
-    def min_tokens(self) -> int: ...
-    @property
-    def local(self) -> bool: ...
-    @property
-    def extra(self) -> int: ...
-    @property
-    def busiest(self) -> bool: ...
-    @property
-    def renormalize(self) -> bool: ...
-    @property
-    def bin_sizes(self) -> tuple[int, ...]: ...
-    @property
-    def keeps(self) -> tuple[int, ...]: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def num_bins(self) -> int: ...
-
-
-def check_scores(name: str, scores_TE: Tensor, plan: PlanLike, interpreted: bool) -> None:
+def check_scores(name: str, scores_TE: Tensor, plan: Plan, interpreted: bool) -> None:
     if not isinstance(scores_TE, Tensor):
         raise ValueError(f"{name} is a {type(scores_TE).__name__}, but it must be a tensor.")
     E = plan.num_experts
@@ -78,7 +36,7 @@ def check_scores(name: str, scores_TE: Tensor, plan: PlanLike, interpreted: bool
         )
 
 
-def check_plan(plan: PlanLike, T: int, groups: int) -> None:
+def check_plan(plan: Plan, T: int, groups: int) -> None:
     E = plan.num_experts
     if not 1 <= E <= _MAX_EXPERTS:
         raise ValueError(f"plan.num_experts is {E}, but it must be from 1 to {_MAX_EXPERTS}.")

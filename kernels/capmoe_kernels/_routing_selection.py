@@ -1,4 +1,4 @@
-"""What the routing returns: who holds which expert, and their seats. Letters: routing.py."""
+"""What the routing returns: who holds which expert. Letters: routing.py."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Seats:
-    """The held assignments, expert by expert: what a grouped product needs, without alignment.
-
-    An assignment is a place of the result, numbered a = token * W + place: its token is a // W,
-    its weight `weights.view(-1)[a]`. A seat is a position in `order`.
-
-    order: int32 [T * W], assignments ascending by (expert, token); -1 in the rest, from
-        offsets[E] on.
-    offsets: int32 [E + 1], the exclusive prefix sum of the loads: expert e has the seats
-        offsets[e] ... offsets[e + 1] - 1, of which there are load_after[e].
-    seat: int32 [T, W], the seat of each place, the inverse of `order`; -1 where a place is
-        unused.
-
-    Example: experts [[1, 0], [1, -1]] and E = 2 give order [1, 0, 2, -1], offsets [0, 1, 3] and
-    seat [[1, 0], [2, -1]].
-    """
-
-    order: Tensor
-    offsets: Tensor
-    seat: Tensor
+from capmoe_kernels.contract import Seats
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ from capmoe_kernels.launch import (
     choose_config,
     num_tiles_bound,
 )
-from capmoe_kernels.seats import Seats, SeatsLike, make_seats
+from capmoe_kernels.seats import Seats, make_seats
 
 __all__ = [
     "ACTIVATIONS",
@@ -91,7 +91,7 @@ def fused_experts(
     w2: Tensor,
     weights: Tensor,
     experts: Tensor,
-    seats: SeatsLike | None = None,
+    seats: Seats | None = None,
     *,
     activation: str,
     expert_map: Tensor | None = None,
@@ -264,7 +264,7 @@ def launch_gate_up(
     w13: Tensor,
     bias: Tensor | None,
     weights: Tensor,
-    seats: SeatsLike,
+    seats: Seats,
     out_AI: Tensor,
     act: Activation,
     config: GemmConfig,
@@ -331,7 +331,7 @@ def launch_down(
     w2: Tensor,
     bias: Tensor | None,
     weights: Tensor,
-    seats: SeatsLike,
+    seats: Seats,
     out: Tensor,
     config: GemmConfig,
     chip: Chip,

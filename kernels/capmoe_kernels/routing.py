@@ -37,27 +37,26 @@ from capmoe_kernels._routing_arguments import (
 )
 from capmoe_kernels._routing_checks import (
     INTEGERS,
-    PlanLike,
     check_plan,
     check_scores,
     check_tensor,
 )
 from capmoe_kernels._routing_launch import (
-    NO_LIMIT,
-    fmix32,
+    first_draw,
     keep_table,
     launch_config,
-    limit_table,
     power_of_two,
 )
-from capmoe_kernels._routing_selection import RoutedSelection, Seats
+from capmoe_kernels._routing_selection import RoutedSelection
+from capmoe_kernels.capacity import capacity_table
+from capmoe_kernels.contract import NO_LIMIT, Plan, Seats
 from capmoe_kernels.launch import ceil_div
 
 __all__ = [
     "INTERPRETED",
     "NO_LIMIT",
     "SCORINGS",
-    "PlanLike",
+    "Plan",
     "TOTALS",
     "RoutedSelection",
     "Seats",
@@ -81,7 +80,7 @@ TOTALS = (
 
 def route_triton(
     scores_TE: Tensor,
-    plan: PlanLike,
+    plan: Plan,
     *,
     topk_TK: Tensor | None = None,
     is_padding_T: Tensor | None = None,
@@ -136,7 +135,7 @@ def route_triton(
 
 def route_logits_triton(
     logits_TE: Tensor,
-    plan: PlanLike,
+    plan: Plan,
     *,
     scoring: str,
     topk_TK: Tensor | None = None,
@@ -180,7 +179,7 @@ def route_logits_triton(
         )
 
 
-def prepare_limits(plan: PlanLike, max_tokens: int, device: torch.device) -> None:
+def prepare_limits(plan: Plan, max_tokens: int, device: torch.device) -> None:
     """Build the tables of limits for all steps of up to max_tokens tokens, once per plan, and that
     of decode keep.
 
@@ -192,14 +191,14 @@ def prepare_limits(plan: PlanLike, max_tokens: int, device: torch.device) -> Non
     if plan.mode == "off" or plan.gamma is None:
         return
     for power in range(max(max_tokens, 1).bit_length() + 1):
-        limit_table(plan, 1 << power >> 1, device)
+        capacity_table(plan, 1 << power >> 1, device)
 
 
 def _route(
     name: str,
     scores_TE: Tensor,
     scoring: str,
-    plan: PlanLike,
+    plan: Plan,
     *,
     topk_TK: Tensor | None,
     is_padding_T: Tensor | None,
@@ -237,7 +236,7 @@ def _route(
     # Whether any limit can be in effect, whatever the tensors hold.
     limited, table, least = False, None, 0
     if plan.mode != "off" and plan.gamma is not None and T > 0:
-        table, least = limit_table(plan, T, device)
+        table, least = capacity_table(plan, T, device)
         least = max(least, plan.min_tokens)
         limited = least <= T
     sharing = bool(plan.keeps) and is_decode_T is not None
@@ -260,11 +259,7 @@ def _route(
     experts = ints(device, T, W)
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
     capacity = ints(device, G, X)
-    seats = Seats(
-        order=ints(device, T * W),
-        offsets=ints(device, E + 1),
-        seat=ints(device, T, W),
-    )
+    seats = Seats(order=ints(device, T * W), offsets=ints(device, E + 1), seat=ints(device, T, W))
     selection = RoutedSelection(
         experts=experts,
         weights=weights,
@@ -300,7 +295,7 @@ def _route(
         last_bids = torch.empty((G, B), dtype=torch.int64, device=device)
         if plan.metric == "random":
             index = ints(device, T)
-    start = fmix32(seed)
+    start = first_draw(seed)
 
     scores_TE = rows(scores_TE)
     topk_TK = None if topk_TK is None else rows(ids(topk_TK))

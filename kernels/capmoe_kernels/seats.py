@@ -11,45 +11,22 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 import triton
 from torch import Tensor
 
 from capmoe_kernels import _seat_kernels as kernels
+from capmoe_kernels.contract import Seats
 from capmoe_kernels.launch import ceil_div
 
-__all__ = ["Seats", "SeatsLike", "make_seats"]
+__all__ = ["Seats", "make_seats"]
 
 WARPS = 4
 MAX_EXPERTS = 2**15  # with at most 2^15 blocks, see seats_launch, counts are numbered by int32
 TILE = 2048  # flags of one step of place_kernel, 16 for each thread: no register is spilled
 # Whether TRITON_INTERPRET was set when the kernels were imported: they then run on CPU tensors.
 INTERPRETED = not isinstance(kernels.count_kernel, triton.runtime.JITFunction)
-
-
-class Seats(NamedTuple):
-    """Who sits where: the assignments grouped by expert, on the device.
-
-    order: int32 [A], assignment ids a = t*W + w, ascending by (expert, a); entries past
-    ``offsets[E]`` are never read. offsets: int32 [E + 1], exclusive prefix sums of the experts'
-    loads: expert e owns ``order[offsets[e]:offsets[e + 1]]``.
-
-    Example: experts = [[1, 0], [1, -1]], E = 2: order = [1, 0, 2, (any)], offsets = [0, 1, 3].
-    """
-
-    order: Tensor
-    offsets: Tensor
-
-
-class SeatsLike(Protocol):
-    """Anything with the two tensors of :class:`Seats`."""
-
-    @property
-    def order(self) -> Tensor: ...
-    @property
-    def offsets(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

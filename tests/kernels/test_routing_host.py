@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import triton
+from naive_routing import fmix32 as naive_fmix32
+from naive_routing import limit_of
 from triton.runtime import interpreter
 
-from capmoe_kernels import _routing_bids, routing
+from capmoe_kernels import _routing_bids, capacity, routing
 from capmoe_kernels import _routing_launch as launch
+from capmoe_kernels.contract import NO_LIMIT
 from capmoe_kernels.routing import route_logits_triton, route_triton
-from vllm_capmoe import CapacityConfig, limits, ranking
+from vllm_capmoe import CapacityConfig, ranking
 from vllm_capmoe.config import OPTIONS
 from vllm_capmoe.plan import Plan, resolve
 
@@ -48,25 +51,27 @@ def test_all_backends_know_the_metrics_of_the_configuration() -> None:
     assert set(accepted) == set(ranking.METRICS) == set(_routing_bids.METRICS)
 
 
-def test_constants_and_numbers_agree_with_the_reference() -> None:
-    assert routing.NO_LIMIT == limits.NO_LIMIT
+def test_the_first_draw_is_one_of_32_bits() -> None:
     for seed in (0, 1, -1, 2**31, 2**32 + 5, -(2**70)):
-        want = int(ranking.fmix32(torch.tensor(seed & 0xFFFFFFFF)))
-        assert launch.fmix32(seed) & 0xFFFFFFFF == want
+        got = launch.first_draw(seed)
+        assert -(2**31) <= got < 2**31 and got & 0xFFFFFFFF == naive_fmix32(seed & 0xFFFFFFFF)
 
 
 @pytest.mark.parametrize("factor", [0.001, 0.3, 1.0, 1.1, 7.0, 1e300, 1 / 3])
 @pytest.mark.parametrize("sizes", [(1,), (3, 0, 5), (8,)])
 @pytest.mark.parametrize("min_capacity", [1, 4, 2**40])
-def test_limits_agree_with_the_reference(
-    factor: float, sizes: tuple[int, ...], min_capacity: int
-) -> None:
+def test_limits_are_exact(factor: float, sizes: tuple[int, ...], min_capacity: int) -> None:
     plan = make_plan(8, 3, factor=factor, min_capacity=min_capacity)
     plan = dataclasses.replace(plan, bin_sizes=sizes)
-    table, first = launch.limit_table(plan, 300, torch.device("cpu"))
-    want, first_wanted = limits.capacity_table(plan, 300, torch.device("cpu"))
-    assert first == first_wanted
-    assert torch.equal(table[:301], want[:301]) and table.dtype == torch.int32
+    table, first = capacity.capacity_table(plan, 300, torch.device("cpu"))
+    want = []
+    for tokens in range(301):
+        limits = [limit_of(n, factor, tokens, 3, 8, min_capacity) for n in sizes]
+        bind = any(limit < tokens * min(3, n) for limit, n in zip(limits, sizes, strict=True))
+        want.append([min(limit, NO_LIMIT) if bind else NO_LIMIT for limit in limits])
+    assert table[:301].tolist() == want and table.dtype == torch.int32
+    limited = [tokens for tokens, row in enumerate(want) if row != [NO_LIMIT] * len(sizes)]
+    assert first == limited[0] if limited else first > 300
 
 
 def test_launches_fit_all_sizes() -> None:
@@ -134,10 +139,10 @@ def test_prepared_limits_leave_nothing_to_build_in_a_capture() -> None:
     plan, device = make_plan(8, 2, factor=0.7531), torch.device(DEVICE)
     plan = dataclasses.replace(plan, keeps=(2, 2, 1, 2, 1))
     routing.prepare_limits(plan, 2048, device)
-    built = launch._limit_table.cache_info().misses
+    built = capacity._capacity_table.cache_info().misses
     keeps = launch.keep_table.cache_info().misses
     assert launch.keep_table(plan.keeps, device).tolist() == [2, 2, 1, 2, 1]
     assert launch.keep_table.cache_info().misses == keeps
     for tokens in (1, 2, 3, 100, 511, 512, 1000, 2047, 2048):
-        launch.limit_table(plan, tokens, device)
-    assert launch._limit_table.cache_info().misses == built
+        capacity.capacity_table(plan, tokens, device)
+    assert capacity._capacity_table.cache_info().misses == built

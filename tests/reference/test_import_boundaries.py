@@ -54,6 +54,11 @@ def test_config_needs_the_standard_library_only() -> None:
     assert not loaded & {"vllm", "torch", "triton", "numpy", "capmoe_kernels"}
 
 
+def test_the_contract_needs_the_standard_library_only() -> None:
+    loaded, _ = probe("capmoe_kernels.contract", "vllm_capmoe.plan")
+    assert not loaded & {"vllm", "torch", "triton", "numpy"}
+
+
 @pytest.mark.parametrize("module", ["reference", "ops", "experts"])
 def test_routing_and_experts_load_no_vllm_and_touch_no_gpu(module: str) -> None:
     loaded, cuda_initialized = probe(f"vllm_capmoe.{module}")
@@ -127,6 +132,7 @@ def test_off_loads_nothing_of_the_execution_path() -> None:
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "vllm_capmoe.integration.engine_args" in loaded
-    assert not {name for name in loaded if name.startswith("capmoe_kernels")}
+    kernels = {name for name in loaded if name.startswith("capmoe_kernels.")}
+    assert kernels <= {"capmoe_kernels.capacity", "capmoe_kernels.contract"}
     for part in ("ops", "experts", *(f"integration.{name}" for name in PATH)):
         assert f"vllm_capmoe.{part}" not in loaded

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from capmoe_kernels.capacity import capacity, capacity_table
+from capmoe_kernels.contract import NO_LIMIT, fmix32
 from vllm_capmoe import CapacityConfig, Routing, route
-from vllm_capmoe.limits import NO_LIMIT, capacity, capacity_table
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.ranking import fmix32
 
 NAN, INF = math.nan, math.inf
 METRICS = ("score", "order", "reverse-order", "random")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vllm_capmoe.limits
+import capmoe_kernels.capacity
 import vllm_capmoe.ops
 from vllm_capmoe import CapacityConfig, Routing, route
-from vllm_capmoe.limits import capacity_table
 from vllm_capmoe.plan import resolve
 from vllm_capmoe.reference import route_torch
 
@@ -144,7 +143,7 @@ def test_the_core_reads_nothing_back_to_the_host(mode: str, metric: str) -> None
     plan = resolve(
         settings, num_experts=4, top_k=2, expert_device=[0, 0, 1, 1], has_token_device=True
     )
-    capacity_table(plan, 8, torch.device("cpu"))
+    capmoe_kernels.capacity.capacity_table(plan, 8, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         selection = route_torch(
             torch.rand(8, 4),
@@ -264,7 +263,7 @@ def test_on_the_cpu_nothing_but_torch_is_needed(monkeypatch: pytest.MonkeyPatch)
         assert held(route(CROWDED, 1, config(), **backend)) == [[], [0], [], [0]]
 
 
-@pytest.mark.parametrize("module", [vllm_capmoe.limits, vllm_capmoe.ops])
+@pytest.mark.parametrize("module", [capmoe_kernels.capacity, vllm_capmoe.ops])
 def test_examples_of_the_docstrings(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted > 0 and result.failed == 0

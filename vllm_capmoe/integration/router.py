@@ -30,12 +30,12 @@ from vllm.utils.torch_utils import (
     _resolve_layer_name,
 )
 
+from capmoe_kernels.capacity import capacity
+from capmoe_kernels.contract import Plan, Seats
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.phantom import fill_unused
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import Shard, StepTokens
-from vllm_capmoe.limits import capacity
-from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import choose_top_k, score_keys
 from vllm_capmoe.reference import route_torch
 from vllm_capmoe.unlimited import route_unlimited
@@ -99,7 +99,7 @@ class CapacityRouter(BaseRouter):
         self.by_kernel = False
         self.keeps_seats = False
         self.first_local: int | None = 0
-        self._seats: tuple[int, Any] | None = None
+        self._seats: tuple[int, Seats] | None = None
 
     def bind(
         self,
@@ -274,7 +274,7 @@ class CapacityRouter(BaseRouter):
         ids = super()._apply_eplb_mapping(topk_ids)
         return ids if self.phantom is None else ids.masked_fill(ids < 0, self.phantom)
 
-    def seats_of(self, experts: Tensor, num_local: int, expert_map: Tensor | None) -> Any:
+    def seats_of(self, experts: Tensor, num_local: int, expert_map: Tensor | None) -> Seats | None:
         """The seats that the routing kernel handed out with `experts`, or None if there are none.
 
         There are none for rows that vLLM gathered from other ranks or mapped to replicas, and
