@@ -216,7 +216,7 @@ class Case:
         import _gates as gates
 
         from capmoe_kernels.routing import route_triton
-        from vllm_capmoe.reference import route_torch
+        from vllm_capmoe.torch_routing import route_torch
 
         name = " ".join(self.point.key().values())
         scores = self.logits[0].float().softmax(-1)

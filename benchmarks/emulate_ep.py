@@ -117,7 +117,7 @@ class Emulation:
         import _gates as gates
 
         from capmoe_kernels.routing import route_triton
-        from vllm_capmoe.reference import route_torch
+        from vllm_capmoe.torch_routing import route_torch
 
         plan = self.plan(variant)
         given: dict[str, Any] = {}

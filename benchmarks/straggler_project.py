@@ -158,7 +158,7 @@ def route_all(
     """Loads of all experts over all ranks' tokens, and the share of dropped assignments."""
     import torch
 
-    from vllm_capmoe.reference import route_torch
+    from vllm_capmoe.torch_routing import route_torch
 
     ranks = len(logits)
     owner = torch.tensor(owners(shape, ranks))

@@ -1,4 +1,4 @@
-"""Which limit is in effect in a group. Letters: `reference.py`."""
+"""Which limit is in effect in a group. Letters: `torch_routing.py`."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The public function `route`: validate, settle `auto`, compute, and give plain results.
 
-The plugin calls the same core, `vllm_capmoe.reference.route_torch`, with a plan of
+The plugin calls the same core, `vllm_capmoe.torch_routing.route_torch`, with a plan of
 `vllm_capmoe.plan.resolve`, without the checks that would cost time in every layer.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.plan import Plan, resolve
-from vllm_capmoe.reference import NO_LIMIT, Selection, route_torch
+from vllm_capmoe.torch_routing import NO_LIMIT, Selection, route_torch
 
 __all__ = ["NO_LIMIT", "Routing", "route"]
 

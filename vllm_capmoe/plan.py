@@ -1,6 +1,6 @@
 """From a configuration to what the routing of one layer does: every `auto` is settled here.
 
-Standard library only. The letters are those of `reference.py`.
+Standard library only. The letters are those of `torch_routing.py`.
 """
 
 from collections.abc import Sequence

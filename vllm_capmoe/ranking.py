@@ -1,6 +1,6 @@
 """Scores as integers, and how candidates rank: the order behind every choice of the routing.
 
-Letters and steps: `reference.py`. Integers only, the same on every rank, run after run.
+Letters and steps: `torch_routing.py`. Integers only, the same on every rank, run after run.
 """
 
 from collections.abc import Callable

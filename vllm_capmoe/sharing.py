@@ -1,4 +1,4 @@
-"""Decode keep: decode tokens share the experts that a step loads. Letters: reference.py."""
+"""Decode keep: decode tokens share the experts that a step loads. Letters: torch_routing.py."""
 
 from functools import lru_cache
 

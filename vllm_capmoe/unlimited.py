@@ -1,4 +1,4 @@
-"""Steps without a limit on the CPU: `route_torch`'s integers, in numpy. Letters: reference.py.
+"""Steps without a limit on the CPU: `route_torch`'s integers, in numpy. Letters: torch_routing.py.
 
 A decode step has few rows, and its routing costs what its calls cost: some sixty of torch, several
 microseconds each, in every layer. numpy's take about one. On the CPU the host may look at values
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capmoe_kernels.contract import NO_LIMIT, Plan
 from vllm_capmoe.ranking import MASS_BITS, MOST_MASS, NAN_KEY, expert_bits
-from vllm_capmoe.reference import Selection
+from vllm_capmoe.torch_routing import Selection
 
 Array = NDArray[np.int64]
 Mask = NDArray[np.bool_]

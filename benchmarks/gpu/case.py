@@ -21,7 +21,7 @@ from gpu.items import LIMIT_GAMMA, config_of
 
 from capmoe_kernels import experts as kernels
 from capmoe_kernels.routing import TOTALS, route_logits_triton, route_triton
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 
 class Missing(Exception):

@@ -11,7 +11,7 @@ from capmoe_kernels.contract import Seats
 
 @dataclass(frozen=True, eq=False)
 class RoutedSelection:
-    """Who holds which expert: the fields of `vllm_capmoe.reference.Selection`, and `seats`.
+    """Who holds which expert: the fields of `vllm_capmoe.torch_routing.Selection`, and `seats`.
 
     experts: int32 [T, W], by descending score, ties to the lower expert; -1 where unused.
     weights: float32 [T, W]; 0 where unused.

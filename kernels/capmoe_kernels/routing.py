@@ -6,7 +6,7 @@
 Letters: T tokens (rows), E experts, k per token, m extra candidates, W places per token
 (W = k, or what Expanded Drop allows), G groups (1, or one per request), D devices, X = 1 or D.
 
-The method is that of arXiv 2503.05066 as `vllm_capmoe.reference.route_torch` has it, whose
+The method is that of arXiv 2503.05066 as `vllm_capmoe.torch_routing.route_torch` has it, whose
 integers come out here bit for bit, in four launches and one that zeroes sums (one less where no
 limit can be in effect, one more with decode keep, two more for reroute), the number of which
 depends on shapes, the plan and which tensors are given. Nothing is read back to the host and no

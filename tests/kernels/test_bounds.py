@@ -60,7 +60,7 @@ from capmoe_kernels.launch import Chip
 from capmoe_kernels.routing import TOTALS, route_logits_triton, route_triton
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 if not ours.INTERPRETED:
     pytest.skip(

@@ -23,7 +23,7 @@ from capmoe_kernels import _routing_launch as launch
 from capmoe_kernels.routing import RoutedSelection, route_logits_triton, route_triton
 from vllm_capmoe import CapacityConfig, route
 from vllm_capmoe.plan import Plan, resolve
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 DEVICE = "cpu" if routing.INTERPRETED else "cuda"
 WALL = 64  # elements on either side; keeps the alignment to 16 bytes

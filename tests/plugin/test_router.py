@@ -19,7 +19,7 @@ from vllm_capmoe.integration import router as router_module
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)

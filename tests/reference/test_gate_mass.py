@@ -10,7 +10,7 @@ import torch
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
 from vllm_capmoe.ranking import fixed_point
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 ODD = [math.nan, math.inf, -math.inf, -0.5, 5000.0, 1e-45]
 

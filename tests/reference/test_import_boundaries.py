@@ -59,7 +59,7 @@ def test_the_contract_needs_the_standard_library_only() -> None:
     assert not loaded & {"vllm", "torch", "triton", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["reference", "ops", "experts"])
+@pytest.mark.parametrize("module", ["torch_routing", "ops", "experts"])
 def test_routing_and_experts_load_no_vllm_and_touch_no_gpu(module: str) -> None:
     loaded, cuda_initialized = probe(f"vllm_capmoe.{module}")
     assert "torch" in loaded

@@ -14,7 +14,7 @@ import capmoe_kernels.capacity
 import vllm_capmoe.ops
 from vllm_capmoe import CapacityConfig, Routing, route
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 METRICS = ("score", "order", "reverse-order", "random")
 

@@ -7,7 +7,7 @@ import torch
 
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.reference import Selection, route_torch
+from vllm_capmoe.torch_routing import Selection, route_torch
 from vllm_capmoe.unlimited import route_unlimited
 
 CASES = 3000

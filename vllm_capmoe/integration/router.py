@@ -37,7 +37,7 @@ from vllm_capmoe.integration.phantom import fill_unused
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import Shard, StepTokens
 from vllm_capmoe.ranking import choose_top_k, score_keys
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 from vllm_capmoe.unlimited import route_unlimited
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_capmoe.ranking import MASS_BITS
-from vllm_capmoe.reference import Selection
+from vllm_capmoe.torch_routing import Selection
 
 MAX_RECORDS = 100_000
 

@@ -17,7 +17,7 @@ from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration.layers import layer_number, moe_layers
 from vllm_capmoe.plan import Plan, resolve
 from vllm_capmoe.ranking import MASS_BITS, choose_top_k, score_keys
-from vllm_capmoe.reference import route_torch
+from vllm_capmoe.torch_routing import route_torch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
