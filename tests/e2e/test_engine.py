@@ -60,7 +60,11 @@ BY_LAYER = {
     "moe_capacity_mode": "drop",
     "moe_capacity_factor": 0.5,
     "moe_capacity_min_capacity": 1,
-    "moe_capacity_layers": {"1": {"mode": "off"}, "2-3": {"mode": "expanded", "factor": 0.75}},
+    "moe_capacity_layers": {
+        "0": {"level": "device"},
+        "1": {"mode": "off"},
+        "2-3": {"mode": "expanded", "factor": 0.75},
+    },
 }
 
 
@@ -73,14 +77,32 @@ def test_settings_by_layer(run):
     loads = [(c["load_before"], c["load_after"]) for c in ours["counters"]]
     assert loads[1][0] == loads[1][1], "layer 1 is off"
     tokens = sum(output["prompt_tokens"] for output in ours["batches"][0])
-    for layer, factor in ((0, 0.5), (2, 0.75), (3, 0.75)):
+    for layer in (2, 3):
         step = first_step(ours["records"][0], layer)
-        assert step["capacity"] == [[math.ceil(factor * tokens * 2 / 8)]]
+        assert step["capacity"] == [[math.ceil(0.75 * tokens * 2 / 8)]]
         assert max(step["load_after"]) <= step["capacity"][0][0] < max(step["load_before"])
     dropped, expanded = ([c[key] for c in ours["counters"]] for key in ("dropped", "expanded"))
     assert [n > 0 for n in dropped] == [True, False, True, True]
     assert [n > 0 for n in expanded] == [False, False, True, True]
-    assert "own_settings={1, 2-3}" in ours["log"]
+    assert "own_settings={0, 1, 2-3}" in ours["log"]
+
+
+def test_level_device_on_one_rank_is_a_budget_of_the_layer(run):
+    """The device is the whole layer: half of all assignments stay, whichever experts they are of.
+
+    An expert by itself has no limit, and decode tokens lose nothing.
+    """
+    ours = run([PROMPTS], **BY_LAYER)
+    steps = [step for step in ours["records"][0] if ".0." in step["layer"]]
+    kept = [(sum(step["load_before"]), sum(step["load_after"])) for step in steps]
+    assignments = 2 * sum(output["prompt_tokens"] for output in ours["batches"][0])
+    budget = math.ceil(0.5 * assignments)
+    assert kept[0] == (assignments, budget) and steps[0]["capacity"] == [[budget]]
+    assert max(steps[0]["load_after"]) > math.ceil(budget / 8)
+    assert len(kept) == 8 and all(before == after for before, after in kept[1:])
+    counted = ours["counters"][0]
+    assert counted["dropped"] == assignments - budget
+    assert sum(counted["load_after"]) == sum(after for _, after in kept)
 
 
 def test_observing_counts_what_the_mode_would_do_and_changes_nothing(run, stock):
