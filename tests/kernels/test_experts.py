@@ -283,6 +283,37 @@ def test_lopsided_routing(name: str, config: str) -> None:
     assert not result[(experts < 0).all(1).to(DEVICE)].any()  # exactly zero, not just small
 
 
+@pytest.mark.skipif(not ours.INTERPRETED, reason="counts what the interpreter reads")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_only_experts_with_tokens_are_read(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen decode tokens on three of nine experts: each weight of these is read once, no other.
+
+    So an expert without a token has no tile, in whatever program it would have been.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    busy, idle = [1, 4, 8], [0, 2, 3, 5, 6, 7]
+    choice = torch.tensor([[t % 3, (t + 1 + t % 2) % 3] for t in range(16)])
+    case = make_case(16, 2, 9, 32, 48, experts=torch.tensor(busy)[choice])
+    expected = case.run(CONFIGS[config]).clone()
+    reads = [np.zeros(w.shape, dtype=np.int64) for w in (case.w13, case.w2)]
+    load = InterpreterBuilder.create_masked_load
+
+    def counting(builder: Any, pointers: Any, mask: Any, *args: Any, **options: Any) -> Any:
+        addresses = pointers.data[mask.data].astype(np.int64)
+        for weights, count in zip((case.w13, case.w2), reads, strict=True):
+            at = (addresses - weights.data_ptr()) // weights.element_size()
+            np.add.at(count.reshape(-1), at[(at >= 0) & (at < count.size)], 1)
+        return load(builder, pointers, mask, *args, **options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
+    for weights in (case.w13, case.w2):
+        weights[idle] = torch.nan
+    assert torch.equal(case.run(CONFIGS[config]), expected)
+    for count in reads:
+        assert (count[busy] == 1).all() and not count[idle].any()
+
+
 @pytest.mark.parametrize("config", ["descriptors", "swapped-pointers"])
 @pytest.mark.parametrize("on_input", [False, True])
 def test_expert_map_and_weight_on_input(on_input: bool, config: str) -> None:

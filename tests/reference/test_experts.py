@@ -218,6 +218,27 @@ def test_dropped_assignments_cost_no_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_only_experts_with_tokens_are_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen decode tokens on three of nine experts: one product each for these, none besides."""
+    case = make_case(tokens=16, experts=9)
+    case["experts_TK"] = torch.tensor([1, 4, 8])[case["experts_TK"].long() % 3]
+    want = compute(path, case, activation="silu")
+    idle = [0, 2, 3, 5, 6, 7]
+    case["w13"][idle] = case["w2"][idle] = math.nan
+    calls: list[int] = []
+    kind = {"plain": module._PlainExperts, "prepared": module.PreparedExperts}[path]
+    forward = kind.forward
+
+    def count(self: Any, expert: int, x_NH: Tensor) -> Tensor:
+        calls.append(expert)
+        return forward(self, expert, x_NH)
+
+    monkeypatch.setattr(kind, "forward", count)
+    assert torch.equal(compute(path, case, activation="silu"), want)
+    assert calls == [1, 4, 8]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_expert_map(path: str) -> None:
     """Experts 1, 4 and 6 of 7 live here, in another order; -1 ids stay dropped."""
     case = make_case(experts=3, tokens=30)
