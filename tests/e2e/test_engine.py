@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from comparing import assert_same, difference
+from sharing import active, asked_load, check_shared, real_rows
 
 pytestmark = pytest.mark.engine
 
@@ -131,9 +132,6 @@ def test_decode_keep_without_a_mode(run, stock):
     assert_same({"batches": [stock["batches"][0][:1]]}, ours)
     assert all(step["load_before"] == step["load_after"] for step in alone)
 
-    def active(loads: list[int]) -> int:
-        return sum(load > 0 for load in loads)
-
     saved = decodes = 0
     found = Counter[str]()
     for step in alone + batch:
@@ -146,16 +144,34 @@ def test_decode_keep_without_a_mode(run, stock):
     for step in batch:
         rows = [row for row, padding in enumerate(step["is_padding"]) if not padding]
         assert all(sorted(step["experts"][row])[0] >= 0 for row in rows)
-        decode = [row for row in rows if step["is_decode"][row]]
-        for row in decode:
-            assert step["topk"][row][0] in step["experts"][row]
-        if ".0." in step["layer"] or not decode:
+        if ".0." in step["layer"] or not any(step["is_decode"][row] for row in rows):
             assert step["load_before"] == step["load_after"]
             continue
+        check_shared(step, keep=1)
         assert active(step["load_after"]) <= active(step["load_before"])
         decodes += 1
         saved += active(step["load_before"]) - active(step["load_after"])
     assert decodes >= 12 and saved > 0
+
+
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 4}
+DRAFTS |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+def test_drafts_are_decode_tokens_that_share(run):
+    """Keeping all is stock vLLM with the same drafts to the bit; keeping one, drafts share, too."""
+    settings: dict[str, Any] = {"max_tokens": 48, "speculative_config": DRAFTS}
+    stock = run([PROMPTS], plugin=False, **settings)
+    everything = run([PROMPTS], moe_capacity_decode_keep=2, **settings)
+    assert len(everything["patched"]) == 4 and everything["batches"] == stock["batches"]
+    one = run([PROMPTS], moe_capacity_decode_keep=1, **settings)
+    drafts = changed = 0
+    for step in one["records"][0]:
+        owners = [step["request"][row] for row in real_rows(step) if step["is_decode"][row]]
+        drafts += len(owners) - len(set(owners))
+        changed += check_shared(step, keep=1)
+        assert active(step["load_after"]) <= active(step["load_before"])
+    assert drafts >= 40 and changed >= 40
 
 
 @pytest.mark.cpu
@@ -204,14 +220,20 @@ def test_a_draft_model_is_let_alone_and_changes_no_token(run, example_model, tmp
     assert len(requests) > 1, "all requests ended in one step: no draft was accepted"
 
 
-def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:
-    """Check every recorded step of a run with min_capacity 1, and count what came up.
+SHARING = {"moe_capacity_layers": {"3": {"decode_keep": 1}}}
 
-    Decode rows hold their top-k, no load passes its limit or the largest before, no row holds more
-    than two experts, padding holds nothing.
+
+def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:
+    """Check every recorded step of a run with SHARING and min_capacity 1, and count what came up.
+
+    Decode rows hold their top-k, in layer 3 as decode keep has it; no load passes its limit or the
+    largest before, no row holds more than two experts, padding holds nothing.
     """
-    seen = {"prompt": 0, "decode": 0, "mixed": 0, "limited": 0, "given": 0}
+    seen = {"prompt": 0, "decode": 0, "mixed": 0, "limited": 0, "given": 0, "shared": 0}
     for step in records:
+        shares = ".3." in step["layer"]
+        seen["shared"] += check_shared(step, keep=1) if shares else 0
+        asked = asked_load(step)
         decode_load = [0] * len(step["load_before"])
         kinds = set()
         for row, held in enumerate(step["experts"]):
@@ -222,23 +244,26 @@ def check_steps(records: list[dict[str, Any]], factor: float) -> dict[str, int]:
             decode = step["is_decode"][row]
             kinds.add(decode)
             seen["decode" if decode else "prompt"] += 1
-            seen["given"] += len(set(held) - set(step["topk"][row]))
             assert len(held) <= 2
-            if decode:
-                assert held == sorted(step["topk"][row])
-                for expert in held:
-                    decode_load[expert] += 1
+            if not decode:
+                seen["given"] += len(set(held) - set(step["topk"][row]))
+                continue
+            assert shares or held == sorted(step["topk"][row])
+            for expert in held:
+                decode_load[expert] += 1
         seen["mixed"] += kinds == {True, False}
         tokens = sum(not padding for padding in step["is_padding"])
         ((capacity,),) = step["capacity"]
         if False not in kinds:
-            assert step["load_after"] == step["load_before"]
+            assert shares or asked == step["load_before"]
+            assert step["load_after"] == asked
+            assert active(asked) <= active(step["load_before"])
             continue
         assert capacity == max(1, math.ceil(factor * tokens * 2 / 8))
         for load, decode in zip(step["load_after"], decode_load, strict=True):
             assert load <= max(capacity, decode)
-        assert max(step["load_after"]) <= max(step["load_before"])
-        seen["limited"] += step["load_after"] != step["load_before"]
+        assert max(step["load_after"]) <= max(asked)
+        seen["limited"] += step["load_after"] != asked
     return seen
 
 
@@ -253,13 +278,14 @@ def test_no_load_passes_its_limit_and_decode_keeps_its_experts(run, mode, factor
         moe_capacity_mode=mode,
         moe_capacity_factor=factor,
         moe_capacity_min_capacity=1,
+        **SHARING,
     )
     outputs, layers = ours["batches"][0], len(ours["counters"])
     seen = check_steps(ours["records"][0], factor)
     assert seen["mixed"] >= 8 and seen["limited"] >= 8, (
         "the run had no steps of the kind under test"
     )
-    assert (seen["given"] > 0) == (mode != "drop")
+    assert (seen["given"] > 0) == (mode != "drop") and seen["shared"] >= 8
     # What a prompt is, counted without the plugin: all its tokens, once. The last token that a
     # request generates is never fed back.
     assert seen["prompt"] == layers * sum(output["prompt_tokens"] for output in outputs)
@@ -278,6 +304,7 @@ def test_tokens_computed_again_after_a_preemption_keep_their_rights(run):
         moe_capacity_mode="expanded",
         moe_capacity_factor=0.2,
         moe_capacity_min_capacity=1,
+        **SHARING,
     )
     outputs, layers = ours["batches"][0], len(ours["counters"])
     seen = check_steps(ours["records"][0], 0.2)

@@ -1,4 +1,8 @@
-"""gamma = 1: every rank keeps its limit, and ranks that must agree do, step by step."""
+"""gamma = 1: every rank keeps its limit, and ranks that must agree do, step by step.
+
+Layer 1 has decode keep, too: what is shared is counted for the limit, and each data parallel rank
+shares what its own tokens load.
+"""
 
 import json
 import math
@@ -11,14 +15,14 @@ from typing import Any
 import pytest
 from clusters import DATA_PARALLEL, TENSOR_PARALLEL, start
 from engines import free_port
+from sharing import Step, asked_load, check_shared
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 
 TEXT = "Experts that are overloaded drop the tokens that they need least, say those who know. "
 NO_LIMIT = 2**31 - 1
+SHARING = {"moe_capacity_layers": {"1": {"decode_keep": 1}}}
 OFFLINE = Path(__file__).parent.parent / "e2e" / "run_engine.py"
-
-Step = dict[str, Any]
 
 
 def by_layer(records: list[Step]) -> dict[str, list[Step]]:
@@ -63,6 +67,7 @@ def tensor_parallel(run_ranks, make_mixtral, tmp_path_factory) -> dict[str, Any]
         moe_capacity_factor=1.0,
         moe_capacity_level="device",
         moe_capacity_min_capacity=1,
+        **SHARING,
         **TENSOR_PARALLEL,
     )
 
@@ -81,18 +86,19 @@ def test_tensor_parallel_ranks_decide_alike(tensor_parallel):
 def test_the_load_of_a_device_stays_within_its_limit(tensor_parallel):
     """What the experts of each rank were called with is within the limit, too."""
     owner = [0, 0, 0, 0, 1, 1, 1]
-    limited = 0
+    limited = shared = 0
     for rank, records in enumerate(tensor_parallel["records"][0]):
         calls = by_layer(tensor_parallel["received"][0][rank])
         for layer, steps in by_layer(records).items():
             for step, call in zip(steps, calls[layer], strict=True):
                 assert call["counts"] == step["load_after"]
+                shared += check_shared(step, keep=1) if ".1." in layer else 0
                 ((*capacity,),) = step["capacity"]
                 if NO_LIMIT in capacity:
                     continue
                 tokens = real_tokens(step)
                 before = [0, 0]
-                for device, load in zip(owner, step["load_before"], strict=True):
+                for device, load in zip(owner, asked_load(step), strict=True):
                     before[device] += load
                 assert capacity == [
                     min(max(n, math.ceil(n * tokens * 2 / 7)), max(before))  # fill busiest
@@ -103,8 +109,8 @@ def test_the_load_of_a_device_stays_within_its_limit(tensor_parallel):
                     mine = [expert for expert in range(7) if owner[expert] == device]
                     bound = max(capacity[device], sum(decode[expert] for expert in mine))
                     assert sum(load[expert] for expert in mine) <= bound
-                limited += load != step["load_before"]
-    assert limited >= 20, "hardly a step had a limit in effect"
+                limited += load != asked_load(step)
+    assert limited >= 20 and shared >= 20, "hardly a step had a limit in effect, or shared"
 
 
 @pytest.fixture(scope="module")
@@ -124,42 +130,48 @@ def data_parallel(run_ranks) -> dict[str, Any]:
         moe_capacity_mode="expanded",
         moe_capacity_factor=1.0,
         moe_capacity_min_capacity=1,
+        **SHARING,
         **DATA_PARALLEL,
     )
 
 
-def check_own_limit(records: list[Step], rank: int) -> tuple[int, int, int]:
+def check_own_limit(records: list[Step], rank: int) -> dict[str, int]:
     """Limits count the rank's own tokens; extra candidates are experts that live on it.
 
     Returns the steps in which the limit did something, the assignments that Expanded Drop added,
-    and the steps without a token.
+    the steps without a token, and the decode rows that decode keep changed in layer 1.
     """
-    limited, expanded, idle = 0, 0, 0
+    seen = {"limited": 0, "expanded": 0, "idle": 0, "shared": 0}
     local = range(4 * rank, 4 * rank + 4)
     for step in records:
         tokens = real_tokens(step)
-        idle += tokens == 0
+        seen["idle"] += tokens == 0
+        if ".1." in step["layer"]:
+            seen["shared"] += check_shared(step, keep=1)
+        asked = asked_load(step)
         ((capacity,),) = step["capacity"]
         if capacity == NO_LIMIT:
-            assert step["load_after"] == step["load_before"]
+            assert step["load_after"] == asked
             continue
         assert capacity == max(1, math.ceil(tokens * 2 / 8))
         for load, decode in zip(step["load_after"], decode_load(step), strict=True):
             assert load <= max(capacity, decode)
-        limited += step["load_after"] != step["load_before"]
-        for held, topk in zip(step["experts"], step["topk"], strict=True):
-            extra = {expert for expert in held if expert >= 0} - set(topk)
-            assert all(expert in local for expert in extra)
-            expanded += len(extra)
-    return limited, expanded, idle
+        seen["limited"] += step["load_after"] != asked
+        for row, held in enumerate(step["experts"]):
+            if not step["is_decode"][row]:
+                extra = {expert for expert in held if expert >= 0} - set(step["topk"][row])
+                assert all(expert in local for expert in extra)
+                seen["expanded"] += len(extra)
+    return seen
 
 
 def test_each_data_parallel_rank_keeps_its_own_limit(data_parallel):
     for rank in (0, 1):
         (records,) = data_parallel["records"][rank]
-        limited, expanded, idle = check_own_limit(records, rank)
-        assert limited >= 4 and expanded > 0
-    assert idle >= 20, "rank 1 was never idle while rank 0 worked"
+        seen = check_own_limit(records, rank)
+        assert seen["limited"] >= 4 and seen["expanded"] > 0
+        assert seen["shared"] >= (20 if rank == 0 else 1)
+    assert seen["idle"] >= 20, "rank 1 was never idle while rank 0 worked"
 
 
 def test_each_offline_data_parallel_process_keeps_its_own_limit(example_model, tmp_path):
@@ -176,6 +188,7 @@ def test_each_offline_data_parallel_process_keeps_its_own_limit(example_model, t
         "moe_capacity_mode": "expanded",
         "moe_capacity_factor": 1.0,
         "moe_capacity_min_capacity": 1,
+        **SHARING,
     }
 
     def run(rank: int) -> dict[str, Any]:
@@ -194,8 +207,8 @@ def test_each_offline_data_parallel_process_keeps_its_own_limit(example_model, t
     for rank, result in enumerate(results):
         assert "ranks=2, backend=torch (auto)" in result["log"]
         assert "candidates=local (auto)" in result["log"]
-        limited, expanded, _ = check_own_limit(result["records"][0], rank)
-        assert limited >= 4 and expanded > 0
+        seen = check_own_limit(result["records"][0], rank)
+        assert seen["limited"] >= 4 and seen["expanded"] > 0
         counted = sum(layer["load_before"][0] for layer in result["counters"])
         assert counted == sum(step["load_before"][0] for step in result["records"][0]) > 0
 

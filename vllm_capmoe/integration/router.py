@@ -129,7 +129,8 @@ class CapacityRouter(BaseRouter):
             own_device: the EP rank that owns the tokens this router sees; None where all ranks
                 see all tokens.
             backend: who computes the experts, see `checks.resolve_backend`.
-            observes: decide and count, and hand on what vLLM's router chose.
+            observes: decide and count, and hand on what vLLM's router chose, bit for bit. So it is
+                where nothing is to be done for vLLM's own kernels, too.
             phantom: what the kernels of backend "vllm" get as expert of unused places, instead of
                 -1, which not all of them know; None: experts with weight 0. See `phantom`.
             shard: which part of the batch this router sees; by default all of it.
@@ -141,7 +142,7 @@ class CapacityRouter(BaseRouter):
         self.expert_device_E = expert_device_E
         if own_device is not None:
             self.token_device = torch.full_like(tokens.request, own_device)
-        self.observes = observes
+        self.observes = observes or (backend == "vllm" and not plan.acts)
         self.phantom = phantom
         self.fills_unused = backend == "vllm" and phantom is None
         self.drops = plan.mode != "off"
