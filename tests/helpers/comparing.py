@@ -20,10 +20,15 @@ def assert_same(stock: dict[str, Any], ours: dict[str, Any]) -> None:
             assert one["token_ids"][position] == other["token_ids"][position]
 
 
-def difference(stock: dict[str, Any], ours: dict[str, Any]) -> float:
-    """The largest difference of a prompt token's log-probability."""
-    return max(
+def differences(stock: dict[str, Any], ours: dict[str, Any]) -> list[float]:
+    """By how much the log-probability of each prompt token differs."""
+    return [
         abs(a - b)
         for one, other in zip(stock["batches"][0], ours["batches"][0], strict=True)
         for a, b in zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)
-    )
+    ]
+
+
+def difference(stock: dict[str, Any], ours: dict[str, Any]) -> float:
+    """The largest difference of a prompt token's log-probability."""
+    return max(differences(stock, ours))
