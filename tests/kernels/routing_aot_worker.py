@@ -123,6 +123,17 @@ CASES = {
     "sqrtsoftplus": Case(64, 256, 8, DROP, MASKS, scoring="sqrtsoftplus"),
     "keep-olmoe": Case(16, 64, 8, KEEP, MASKS, scoring="softmax", dtype=torch.bfloat16),
     "keep-deepseek": Case(512, 256, 8, {**KEEP, **DROP}, (*MASKS, "topk_TK"), scoring="sigmoid"),
+    "keep-device": Case(
+        256,
+        64,
+        6,
+        {**EXPANDED, "level": "device", "decode_keep": 3},
+        (*MASKS, "topk_TK", "device_E", "token_device_T"),
+        devices=8,
+    ),
+    "keep-reroute": Case(
+        256, 64, 6, {**REROUTE, "level": "device", "decode_keep": 3}, (*MASKS, "device_E"), devices=8
+    ),
     "keep-largest": Case(4096, 512, 16, {**EXPANDED, "decode_keep": 3}, MASKS, scoring="softmax"),
 }
 

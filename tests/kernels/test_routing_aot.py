@@ -47,7 +47,9 @@ def test_kernels_compile_within_the_chip(arch: int, tmp_path: Path) -> None:
     six = [*four[:2], "reroute_kernel", "give_kernel", *four[2:]]
     assert launches.pop("mixtral-off") == [name for name in four if name != "limit_kernel"]
     assert launches.pop("keep-olmoe") == [name for name in five if name != "limit_kernel"]
-    assert launches.pop("keep-deepseek") == launches.pop("keep-largest") == five
+    assert launches.pop("keep-reroute") == [six[0], "share_kernel", *six[1:]]
+    for case in ("keep-deepseek", "keep-device", "keep-largest"):
+        assert launches.pop(case) == five
     assert len(launches) == 12
     for case, names in launches.items():
         assert names == (six if "reroute" in case else four)
