@@ -11,7 +11,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if "$$name" -c "$(SUPPORTED)" >/dev/null 2>&1; then echo "$$name"; break; fi; done)
 
-.PHONY: help venv demo test test-slow test-033 quality lint format clean
+.PHONY: help venv demo test test-slow test-033 test-next quality lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,14 +34,20 @@ quality: venv  ## measure what the limits cost in quality: tables and plots in b
 test-slow: venv  ## run the tests that `make test` leaves out (some ten minutes)
 	$(BIN)/pytest -m slow
 
-# What touches vLLM most; `make test-033 SELECT=` runs all tests of these files.
+# Another vLLM, for `make test-next VLLM=x.y.z`; its environment is .venv033 for 0.33.0, and so on.
+VLLM ?= 0.33.0
+NEXT = .venv$(subst .,,$(basename $(VLLM)))
+# What touches vLLM most; `make test-next SELECT=` runs all tests of these files.
 SELECT ?= router or phantom or vllm_kernels or test_step or off_is_stock or without_a_limit or passes_its_limit \
 	or (test_server and not expanded) or (test_engine_args and not bench and not batch)
 
-test-033:  ## test the seams on vLLM 0.33, and the kernels with its Triton (.venv033)
-	@PYTHON="$(PYTHON)" bash .ci/make_venv_033.sh .venv033
-	.venv033/bin/pytest tests/kernels/test_routing_aot.py tests/kernels/test_experts_aot.py
-	VLLM_TARGET_DEVICE=cpu .venv033/bin/pytest tests/kernels/test_router.py tests/plugin/test_step.py \
+test-033:  ## test the seams on vLLM 0.33, and the kernels with its Triton
+	@$(MAKE) --no-print-directory test-next VLLM=0.33.0
+
+test-next:  ## the same on any vLLM: make test-next VLLM=x.y.z
+	@"$(PYTHON)" .ci/make_venv.py "$(NEXT)" --device cpu --vllm "$(VLLM)"
+	$(NEXT)/bin/pytest tests/kernels/test_routing_aot.py tests/kernels/test_experts_aot.py
+	VLLM_TARGET_DEVICE=cpu $(NEXT)/bin/pytest tests/kernels/test_router.py tests/plugin/test_step.py \
 		tests/plugin/test_router.py tests/plugin/test_phantom.py tests/plugin/test_vllm_kernels.py \
 		tests/plugin/test_engine_args.py \
 		tests/e2e/test_engine.py tests/e2e/test_server.py -k "$(SELECT)"

