@@ -11,12 +11,11 @@ import math
 import random
 from typing import Any
 
-import naive_routing as naive
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from vllm_capmoe import CapacityConfig, route
+from vllm_capmoe import CapacityConfig, reference, route
 
 NO_LIMIT = 2**31 - 1
 INF, NAN = math.inf, math.nan
@@ -88,7 +87,7 @@ def run_route(case: Case) -> Any:
 def run_naive(case: Case) -> Any:
     kwargs = {n: None if v is None else v.tolist() for n, v in case.tensors().items()}
     E, config = case.num_experts, case.config
-    return naive.naive_route(
+    return reference.route_by_loops(
         top_k=case.top_k, config=config, num_experts=E, **case.plain(), **kwargs
     )
 

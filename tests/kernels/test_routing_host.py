@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 import triton
-from naive_routing import fmix32 as naive_fmix32
-from naive_routing import limit_of
 from triton.runtime import interpreter
 
 from capmoe_kernels import _routing_bids, capacity, routing
 from capmoe_kernels import _routing_launch as launch
 from capmoe_kernels.contract import NO_LIMIT
 from capmoe_kernels.routing import route_logits_triton, route_triton
-from vllm_capmoe import CapacityConfig, ranking
+from vllm_capmoe import CapacityConfig, ranking, reference
 from vllm_capmoe.config import OPTIONS
 from vllm_capmoe.plan import Plan, resolve
 
@@ -54,7 +52,7 @@ def test_all_backends_know_the_metrics_of_the_configuration() -> None:
 def test_the_first_draw_is_one_of_32_bits() -> None:
     for seed in (0, 1, -1, 2**31, 2**32 + 5, -(2**70)):
         got = launch.first_draw(seed)
-        assert -(2**31) <= got < 2**31 and got & 0xFFFFFFFF == naive_fmix32(seed & 0xFFFFFFFF)
+        assert -(2**31) <= got < 2**31 and got & 0xFFFFFFFF == reference.fmix32(seed & 0xFFFFFFFF)
 
 
 @pytest.mark.parametrize("factor", [0.001, 0.3, 1.0, 1.1, 7.0, 1e300, 1 / 3])
@@ -66,7 +64,7 @@ def test_limits_are_exact(factor: float, sizes: tuple[int, ...], min_capacity: i
     table, first = capacity.capacity_table(plan, 300, torch.device("cpu"))
     want = []
     for tokens in range(301):
-        limits = [limit_of(n, factor, tokens, 3, 8, min_capacity) for n in sizes]
+        limits = [reference.capacity_of(n, factor, tokens, 3, 8, min_capacity) for n in sizes]
         bind = any(limit < tokens * min(3, n) for limit, n in zip(limits, sizes, strict=True))
         want.append([min(limit, NO_LIMIT) if bind else NO_LIMIT for limit in limits])
     assert table[:301].tolist() == want and table.dtype == torch.int32

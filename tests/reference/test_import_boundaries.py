@@ -59,6 +59,11 @@ def test_the_contract_needs_the_standard_library_only() -> None:
     assert not loaded & {"vllm", "torch", "triton", "numpy"}
 
 
+def test_the_paper_shares_nothing_with_what_it_judges() -> None:
+    loaded, _ = probe("vllm_capmoe.reference")
+    assert not loaded & {"vllm", "torch", "triton", "capmoe_kernels"}
+
+
 @pytest.mark.parametrize("module", ["torch_routing", "ops", "experts"])
 def test_routing_and_experts_load_no_vllm_and_touch_no_gpu(module: str) -> None:
     loaded, cuda_initialized = probe(f"vllm_capmoe.{module}")

@@ -1,7 +1,7 @@
 """Properties of `vllm_capmoe.route`: bit for bit the naive routing, and its invariants.
 
 The last part walks through every combination of flags with seeded cases.
-Letters: T tokens, E experts, k experts per token, K' places in a row (see naive_routing.py).
+Letters: T tokens, E experts, k experts per token, K' places in a row (see reference.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import random
 from typing import Any
 
-import naive_routing as naive
 import numpy as np
 import pytest
 import torch
@@ -36,7 +35,7 @@ from routing_cases import (
     seeded_case,
 )
 
-from vllm_capmoe import CapacityConfig, route
+from vllm_capmoe import CapacityConfig, reference, route
 
 # The same examples wherever the same modules are loaded (Hypothesis takes constants from
 # them); no deadline, since CI's cores are slow.
@@ -120,17 +119,17 @@ def test_small_cases_worked_by_hand(run: Any, changes: dict[str, Any], experts: 
 
 def test_oracle_draws_as_the_written_hash() -> None:
     """MurmurHash3_x86_32 of no bytes is fmix32(seed); its published value for seed 1 is below."""
-    assert naive.fmix32(0) == 0
-    assert naive.fmix32(1) == 0x514E28B7
-    assert naive.draw(0, 0, 1) == 0x514E28B7
-    assert naive.draw(-1, 2, 3) == naive.draw(2**32 - 1, 2, 3)
+    assert reference.fmix32(0) == 0
+    assert reference.fmix32(1) == 0x514E28B7
+    assert reference.draw(0, 0, 1) == 0x514E28B7
+    assert reference.draw(-1, 2, 3) == reference.draw(2**32 - 1, 2, 3)
 
 
 def test_oracle_limit_is_exact_for_the_factor_as_written() -> None:
     """1.1 * 10 is 11.000000000000002 in floats; the limit is 11, not 12."""
-    assert naive.limit_of(1, 1.1, 40, 2, 8, 1) == 11
-    assert naive.limit_of(3, 1.1, 40, 2, 8, 1) == 33
-    assert naive.limit_of(2, 0.001, 4, 1, 8, 3) == 6
+    assert reference.capacity_of(1, 1.1, 40, 2, 8, 1) == 11
+    assert reference.capacity_of(3, 1.1, 40, 2, 8, 1) == 33
+    assert reference.capacity_of(2, 0.001, 4, 1, 8, 3) == 6
 
 
 # ----------------------------------------------------------------------- route against the oracle
