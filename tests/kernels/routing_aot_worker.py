@@ -132,7 +132,12 @@ CASES = {
         devices=8,
     ),
     "keep-reroute": Case(
-        256, 64, 6, {**REROUTE, "level": "device", "decode_keep": 3}, (*MASKS, "device_E"), devices=8
+        256,
+        64,
+        6,
+        {**REROUTE, "level": "device", "decode_keep": 3},
+        (*MASKS, "device_E"),
+        devices=8,
     ),
     "keep-largest": Case(4096, 512, 16, {**EXPANDED, "decode_keep": 3}, MASKS, scoring="softmax"),
 }
