@@ -336,6 +336,7 @@ NOT_TO_THE_ENDS = (
     ("seats_kernel", "totals_ptr"),
     ("share_kernel", "totals_ptr"),
     ("seats_kernel", "counts_ptr"),  # those of the last block are nobody's before
+    ("seats_kernel", "counters_ptr"),  # ends in those of decode steps, which these are not
 )
 
 
