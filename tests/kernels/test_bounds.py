@@ -340,11 +340,16 @@ NOT_TO_THE_ENDS = (
 )
 
 
-def run_routing(checker: Checker, name: str, tokens: int, point: Point) -> None:
+def run_routing(
+    checker: Checker, name: str, tokens: int, point: Point, *, decode: bool = False
+) -> None:
     logits = logits_of(name, tokens, point.skew)
+    is_decode = torch.ones(tokens, dtype=torch.bool) if decode else None
     counters = torch.zeros(2 * SHAPES[name].experts + len(TOTALS), dtype=torch.int64)
     with checker:
-        route_logits_triton(logits, point.plan, scoring="softmax", counters=counters)
+        route_logits_triton(
+            logits, point.plan, scoring="softmax", counters=counters, is_decode_T=is_decode
+        )
 
 
 @pytest.mark.parametrize("tokens", GRID)
@@ -449,7 +454,8 @@ def test_routing_with_a_tensor_too_short(short: tuple[str, str]) -> None:
     checker = Checker()
     checker.short = short
     with pytest.raises(OutOfBoundsError, match=f"{short[0]} [a-z]+ {short[1]} "):
-        run_routing(checker, "olmoe", 64, points("olmoe", 64)[-1])
+        decode = short[1] == "counters_ptr"  # those of decode steps are its end
+        run_routing(checker, "olmoe", 64, points("olmoe", 64)[-1], decode=decode)
 
 
 def read(x_ptr, place):  # type: ignore[no-untyped-def]
