@@ -21,8 +21,14 @@ VERSIONS = re.compile(
 DEVICE = re.compile(r"# device CPU \S.*, \d+ cores")
 
 
+ENGINES = {"bench_decode.py", "straggler_ranks.py"}  # take half a minute each
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("script", QUICK)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(name, marks=pytest.mark.slow if name in ENGINES else ()) for name in QUICK],
+)
 def test_quick_run_writes_a_table(repo_root: Path, tmp_path: Path, script: str) -> None:
     out = tmp_path / "out.csv"
     done = subprocess.run(

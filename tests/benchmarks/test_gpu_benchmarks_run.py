@@ -93,6 +93,7 @@ def test_quick_run_writes_a_table(repo_root: Path, tmp_path: Path, name: str) ->
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_quick_engine_run(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "engine.csv"
     script = str(repo_root / "benchmarks" / "bench_engine.py")

@@ -403,4 +403,7 @@ def test_triton_kernels_agree_with_plain_torch(run):
     assert_same(torch, triton)
     for ours, theirs in zip(torch["records"][0], triton["records"][0], strict=True):
         assert ours["experts"] == theirs["experts"]
-    assert torch["counters"] == triton["counters"]
+    for ours, theirs in zip(torch["counters"], triton["counters"], strict=True):
+        masses = ("mass", "lost")  # of scores that differ by their last bits
+        assert all(ours[each] == pytest.approx(theirs[each], rel=1e-4) for each in masses)
+        assert all(ours[each] == theirs[each] for each in ours if each not in masses)

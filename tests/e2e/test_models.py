@@ -106,11 +106,14 @@ def checkpoint(name: str, settings: dict[str, Any], example_model: Path, folder:
 
 
 def test_without_a_limit_it_is_stock_vllm_and_with_one_it_is_limited(run, model):
-    stock = run([PROMPTS], model=str(model), plugin=False)
-    free = run([PROMPTS], model=str(model), moe_capacity_mode="expanded", moe_capacity_factor="inf")
+    same: dict[str, Any] = {"model": str(model)}
+    if "Deepseek" in model.name:  # vLLM's MLA for processors with AMX takes no float32
+        same["attention_backend"] = "CPU_MLA"
+    stock = run([PROMPTS], **same, plugin=False)
+    free = run([PROMPTS], **same, moe_capacity_mode="expanded", moe_capacity_factor="inf")
     assert len(free["patched"]) == 4
     assert_same(stock, free)
-    tight = run([PROMPTS], model=str(model), moe_capacity_mode="drop", moe_capacity_factor=0.5)
+    tight = run([PROMPTS], **same, moe_capacity_mode="drop", moe_capacity_factor=0.5)
     assert all(layer["dropped"] > 0 for layer in tight["counters"])
     assert difference(stock, tight) > 10 * LOGPROB_TOLERANCE
 

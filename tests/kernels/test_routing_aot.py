@@ -29,7 +29,13 @@ def compile_all(arch: int, cache: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=() if arch == 90 else pytest.mark.slow)
+        for arch in sorted(SHARED_LIMIT)
+    ],
+)
 def test_kernels_compile_within_the_chip(arch: int, tmp_path: Path) -> None:
     lines = compile_all(arch, tmp_path)
     launches: dict[str, list[str]] = {}

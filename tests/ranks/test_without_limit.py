@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "data parallel, Ray": ({**DATA_PARALLEL, **RAY, "data_parallel_backend": "ray"}, "local"),
     "both, sequence parallel": ({**TENSOR_PARALLEL, **DATA_PARALLEL, **MP}, "local"),
 }
+SLOW = "data parallel, Ray"  # its two parts are in others
 
 
 def one_process(run_ranks, model: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,13 @@ def total_loads(result: dict[str, Any]) -> dict[str, list[int]]:
     return loads
 
 
-@pytest.mark.parametrize(("layout", "candidates"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "candidates"),
+    [
+        pytest.param(*values, id=name, marks=pytest.mark.slow if name == SLOW else ())
+        for name, values in LAYOUTS.items()
+    ],
+)
 def test_ranks_are_one_process_to_rounding(
     run_ranks, nine_experts, layout, candidates, request: pytest.FixtureRequest
 ):

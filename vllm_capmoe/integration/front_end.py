@@ -5,6 +5,7 @@ sends it to the replica that serves, and there vLLM loads no plugin by itself: n
 published, and nobody would ask the engine cores for their proof.
 """
 
+from operator import itemgetter
 from typing import Any
 
 from vllm_capmoe.integration import compat, metrics, proof
@@ -42,9 +43,18 @@ class _Plugins:
         return load_general_plugins, ()
 
 
+class _InstanceId(str):
+    """vLLM's name of an engine. Sent to another process, it is a plain string there, and brings
+    the plugins first."""
+
+    def __reduce__(self) -> tuple[Function, tuple[tuple[str, _Plugins]]]:
+        return itemgetter(0), ((str(self), _Plugins()),)
+
+
 def send_plugins_with(vllm_config: Any) -> None:
     """Have the plugins loaded by the process that this configuration is sent to.
 
-    By a function of vLLM's: a process without this package reads it, too, see `proof`.
+    By functions of vLLM's and Python's: a process without this package reads it, too, see `proof`.
+    In a field that vLLM has, since it makes the configuration of a draft model by copying fields.
     """
-    vllm_config.moe_capacity_plugins = _Plugins()
+    vllm_config.instance_id = _InstanceId(vllm_config.instance_id)
