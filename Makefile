@@ -31,7 +31,7 @@ test: venv  ## run the whole test suite
 quality: venv  ## measure what the limits cost in quality: tables and plots in benchmarks/results
 	$(BIN)/python benchmarks/quality/run.py $(QUALITY)
 
-test-slow: venv  ## run the tests that `make test` leaves out (some ten minutes)
+test-slow: venv  ## run the tests that `make test` leaves out (tens of minutes)
 	$(BIN)/pytest -m slow
 
 # Another vLLM, for `make test-next VLLM=x.y.z`; its environment is .venv033 for 0.33.0, and so on.

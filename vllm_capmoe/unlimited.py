@@ -1,8 +1,9 @@
 """Steps without a limit on the CPU: `route_torch`'s integers, in numpy. Letters: torch_routing.py.
 
-A decode step has few rows, and its routing costs what its calls cost: some sixty of torch, several
-microseconds each, in every layer. numpy's take about one. On the CPU the host may look at values
-too, so a step in which decode keep changes nothing ends early.
+A decode step has few rows, and its routing costs what its calls cost: some sixty of torch in every
+layer, and numpy's cost less. 16 rows of 64 experts took 370 to 660 us in torch and 120 to 250 here,
+in turns on two busy cores of an Intel CPU. The host may look at values too, so a step in which
+decode keep changes nothing ends early.
 """
 
 import numpy as np

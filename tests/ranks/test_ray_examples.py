@@ -79,8 +79,8 @@ def series(url: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in lines:
         if line.startswith("ray_vllm_"):
-            name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
-            found[name.removeprefix("ray_vllm_")] = found.get(name, 0.0) + value
+            name, value = line.split("{")[0].removeprefix("ray_vllm_"), line.rsplit(" ", 1)[1]
+            found[name] = found.get(name, 0.0) + float(value)
     return found
 
 
