@@ -20,6 +20,7 @@ decode tokens only (eager engines; under CUDA graphs nothing can be recorded).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -260,18 +261,21 @@ PROMPT = 32
 
 
 def set_keep(worker: Any, keep: str) -> None:
-    """Another k0 from the next step on: written into the tables that the routing reads."""
+    """Another k0 from the next step on: in the plan, or in the table that graphs read."""
     from capmoe_kernels import _routing_launch
     from vllm_capmoe import CapacityConfig, sharing
     from vllm_capmoe.integration.layers import moe_layers
 
     auto = CapacityConfig(decode_keep="auto")
     for layer in moe_layers(worker.vllm_config):
-        plan, device = layer.router.plan, layer.router.tokens.is_decode.device
-        values = plan.keeps if keep == "auto" else (int(keep),) * len(plan.keeps)
-        assert plan.keeps == auto.keeps(plan.top_k)
+        router = layer.router
+        keeps = auto.keeps(router.plan.top_k)
+        values = keeps if keep == "auto" else (int(keep),) * len(keeps)
+        if worker.vllm_config.model_config.enforce_eager:
+            router.plan = dataclasses.replace(router.plan, keeps=values)
+            continue
         for make in (sharing.keep_table, _routing_launch.keep_table):
-            table = make(plan.keeps, device)
+            table = make(keeps, router.tokens.is_decode.device)
             table.copy_(table.new_tensor(values))
 
 
