@@ -255,7 +255,7 @@ def test_readers_change_nothing_and_see_nothing_of_the_start(monkeypatch):
     assert set(layers.moe_capacity_totals(None).values()) == {0}
     assert len(tokens.before_first_step) == 2
     tokens.begin()
-    stats[0].counts += FIRST.counts
+    stats[0].summed += FIRST.counts
     assert layers.moe_capacity_totals(None)["assignments"] == 16
     tokens.begin()
     assert layers.moe_capacity_counters(None)[0]["dropped"] == 4

@@ -17,6 +17,7 @@ from vllm_capmoe import CapacityConfig, route
 from vllm_capmoe.integration import custom_ops
 from vllm_capmoe.integration import router as router_module
 from vllm_capmoe.integration.router import CapacityRouter
+from vllm_capmoe.integration.stats import MAX_LATER
 from vllm_capmoe.integration.step import StepTokens
 from vllm_capmoe.plan import resolve
 from vllm_capmoe.torch_routing import route_torch
@@ -90,6 +91,32 @@ def test_padding_and_decode_come_from_the_step(tokens, context):
         sorted(r) for r in topk_ids[25:30].tolist()
     ]
     assert (experts[:25] >= 0).sum() < 25 * K
+
+
+@pytest.mark.parametrize("keep", ["auto", 1, K])
+@pytest.mark.parametrize("mode", ["off", "drop"])
+def test_steps_are_the_same_counted_later_or_recorded(asked, tokens, context, keep, mode):
+    """Records and padding go the long way, decode steps the short one: the same to the bit."""
+    settings = {"mode": mode, "decode_keep": keep} | ({"factor": 0.5} if mode == "drop" else {})
+    short, long = make(asked, tokens, **settings), make(asked, tokens, **settings)
+    long.stats.recording = True
+    for step in range(2 * MAX_LATER // T):
+        generator = torch.Generator().manual_seed(step)
+        logits = torch.randn(T, E, generator=generator)
+        prompts = 0 if step % 3 else 12
+        context.is_padding[T - step % 5 :] = step % 7 == 0 and step % 5 > 0
+        tokens.is_decode[:T] = torch.arange(T) >= prompts
+        _, topk_ids = short.inner._compute_routing(logits, logits, None)
+        (weights, experts), (expected, theirs) = (r.route(logits, topk_ids) for r in (short, long))
+        assert torch.equal(weights, expected) and torch.equal(experts, theirs)
+    assert short.stats.later and not long.stats.later  # the last few wait
+    loads = [short.stats.counters()[when] for when in ("load_before", "load_after")]
+    assert (loads[0] != loads[1]) == (keep != K or mode == "drop")
+    assert not short.stats.records and len(long.stats.records) == 2 * MAX_LATER // T
+    assert short.stats.counters() == long.stats.counters()
+    short.route(logits, topk_ids)
+    short.stats.reset()
+    assert not short.stats.counts.any()
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (

@@ -109,7 +109,7 @@ def test_what_a_graph_holds_keeps_its_address():
 
     before = addresses()
     tokens.fill(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([3]))
-    stats.counts += 1
+    stats.summed += 1
     stats.reset()
     assert addresses() == before and not stats.counts.any()
 
@@ -217,7 +217,7 @@ def test_the_first_step_forgets_what_the_start_counted(monkeypatch):
     router = make(MIXTRAL, prompt_of_one_request(), **LIMITED)
     tokens = bind(monkeypatch, router)
     assert router.seed == layers.layer_seed(3, "layer")
-    router.stats.counts += 1
+    router.stats.summed += 1
     tokens.begin()
     assert not router.stats.counts.any()
 

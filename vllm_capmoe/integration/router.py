@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
@@ -38,7 +39,7 @@ from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import Shard, StepTokens
 from vllm_capmoe.ranking import choose_top_k, score_keys
 from vllm_capmoe.torch_routing import route_torch
-from vllm_capmoe.unlimited import route_unlimited
+from vllm_capmoe.unlimited import Held, hold, may_limit, route_unlimited
 
 if TYPE_CHECKING:
     from vllm_capmoe.integration.trials import LayerTrials
@@ -252,12 +253,35 @@ class CapacityRouter(BaseRouter):
             self.trials.add(self._scores(router_logits), **arguments)
         return selection, is_padding
 
+    def hold(self, router_logits: Tensor, topk_ids: Tensor | None) -> Held | None:
+        """`decide`, quickly, for steps on the CPU without limit, padding and records; else None."""
+        plan, stats, tokens = self.plan, self.stats, self.tokens
+        assert plan is not None and stats is not None and tokens is not None
+        if self.by_kernel or topk_ids is None or plan.width != plan.top_k:
+            return None
+        rows = router_logits.shape[0]
+        is_padding = self.shard.cut_mask(get_forward_context().is_padding, rows).numpy()
+        if stats.recording or self.trials is not None or is_padding.any():
+            return None
+        is_decode = self.shard.cut(tokens.is_decode, rows, False).numpy()
+        if may_limit(plan, rows, int(np.count_nonzero(is_decode))):
+            return None
+        scores = self._scores(router_logits).numpy()
+        held = hold(scores, plan, topk_ids.numpy().astype(np.int64), is_decode)
+        stats.add_later(held)
+        return held
+
     def route(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """The capacity step; arguments as `decide`.
 
         Returns:
             weights float32 [T, W] and experts int32 [T, W]; -1 and 0 in unused places.
         """
+        held = self.hold(router_logits, topk_ids)
+        if held is not None:
+            weights = torch.from_numpy(held.weights_TK)
+            experts = torch.from_numpy(held.held_TK.astype(np.int32))
+            return weights if self.scale == 1.0 else weights * self.scale, experts
         selection, is_padding = self.decide(router_logits, topk_ids)
         weights, experts = selection.weights, selection.experts
         if self.keeps_seats:
@@ -441,7 +465,8 @@ def observe_op(
 ) -> torch.Tensor:
     """`torch.ops.capmoe.observe`: decide and count; a copy of the ids, so that the call stays."""
     layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
-    layer.router.decide(router_logits, topk_ids)
+    if layer.router.hold(router_logits, topk_ids) is None:
+        layer.router.decide(router_logits, topk_ids)
     return topk_ids.clone()
 
 

@@ -11,15 +11,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_capmoe.ranking import MASS_BITS
 from vllm_capmoe.torch_routing import Selection
+from vllm_capmoe.unlimited import Held, count_steps
 
 MAX_RECORDS = 100_000
+MAX_LATER = 2048  # rows of steps that wait to be counted
 
 Layer = dict[str, Any]  # the counters of a layer as plain numbers, see `LayerStats.counters`
 
@@ -29,8 +33,9 @@ class Counter:
     """A number that is counted in every layer.
 
     key: its name in a layer's counters (if it has `step`) and in `totals` (if it has a `series`).
-    step: what one step adds to it, an integer or bool, of a selection of numpy arrays; None for
-        what follows from the others of a layer, by `layer`.
+    step: what one step adds to it, an integer or bool, of a selection of numpy arrays, which may
+        have an axis of steps before their own; None for what follows from the others of a layer,
+        by `layer`.
     series, labels, help: its Prometheus series, `vllm:moe_capacity_{series}_total`, if it has one,
         with its labels beside `model_name`, and what the series says of itself. Counters of one
         series have the same labels with different values.
@@ -66,14 +71,14 @@ def _active(step: str, when: str) -> Counter:
 
     def count(s: Any) -> Any:
         loads_E = s.load_before if when == "before" else s.load_after
-        return (loads_E > 0).sum() * ((s.prompts > 0) == (step == "prompt"))
+        return (loads_E > 0).sum(-1) * ((s.prompts > 0) == (step == "prompt"))
 
     labels = {"step": step, "when": when}
     return Counter(f"{step}_active_{when}", count, None, "active_experts", labels, _ACTIVE)
 
 
 TABLE = (
-    Counter("steps", lambda s: s.load_before.max() > 0),  # a dummy step has no tokens
+    Counter("steps", lambda s: s.load_before.max(-1) > 0),  # a dummy step has no tokens
     Counter(
         "dropped",
         lambda s: s.dropped,
@@ -92,8 +97,8 @@ TABLE = (
         series="tokens_without_expert",
         help="Tokens that lost all their experts in a layer.",
     ),
-    Counter("max_before", lambda s: s.load_before.max(), None, "peak_load", _BEFORE, _PEAK),
-    Counter("max_after", lambda s: s.load_after.max(), None, "peak_load", _AFTER, _PEAK),
+    Counter("max_before", lambda s: s.load_before.max(-1), None, "peak_load", _BEFORE, _PEAK),
+    Counter("max_after", lambda s: s.load_after.max(-1), None, "peak_load", _AFTER, _PEAK),
     Counter(
         "mass",
         lambda s: s.mass,
@@ -142,22 +147,25 @@ TOTALS = tuple(_STEPS)
 class LayerStats:
     """Counters of one layer.
 
-    counts: int64 [2 * E + len(TOTALS)]: assignments per expert before capacity, those after, and
+    summed: int64 [2 * E + len(TOTALS)]: assignments per expert before capacity, those after, and
         the totals in the order of `TOTALS`; `max_before` and `max_after` add up the largest load of
         each step, the number that a step waits for under expert parallelism. As the routing kernel
-        adds a step to it by itself.
+        adds a step to it by itself. Readers take `counts`.
     part: which part of the engine's tokens this worker routes: its tensor parallel rank under
         sequence parallelism; 0 where all workers of the engine route all tokens, and count alike.
     records: the routing of every step, kept only while `recording` is on (tests and traces);
         without what belongs to single tokens unless `recording_rows`.
+    later: steps that are counted when somebody reads, or when they have become many.
     """
 
     name: str
-    counts: Tensor
+    summed: Tensor
     part: int = 0
     recording: bool = False
     recording_rows: bool = True
     records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
+    later: deque[Held] = field(default_factory=deque)
+    rows_later: int = 0
 
     @classmethod
     def allocate(
@@ -166,15 +174,39 @@ class LayerStats:
         size = 2 * num_experts + len(TOTALS)
         return cls(name, torch.zeros(size, dtype=torch.int64, device=device), part)
 
+    @property
+    def counts(self) -> Tensor:
+        """`summed`, with all steps that have been decided."""
+        if self.later:
+            self._count()
+        return self.summed
+
     def reset(self) -> None:
         """Forget what was counted, in place: a captured graph goes on counting here."""
         self.counts.zero_()
 
     def add(self, selection: Selection) -> None:
         """Count one step of plain torch: on the CPU, where numpy's calls cost the least."""
-        arrays = replace(selection, **{name: getattr(selection, name).numpy() for name in _READ})
-        totals = torch.tensor([int(step(arrays)) for step in _STEPS.values()])
-        self.counts += torch.cat((selection.load_before, selection.load_after, totals))
+        self._add(replace(selection, **{name: getattr(selection, name).numpy() for name in _READ}))
+
+    def add_later(self, step: Held) -> None:
+        """Count a step without a limit, together with those that follow."""
+        self.later.append(step)
+        self.rows_later += len(step.models_TK)
+        if self.rows_later > MAX_LATER:
+            self._count()
+
+    def _count(self) -> None:
+        steps = [self.later.popleft() for _ in range(len(self.later))]
+        self.rows_later = 0
+        if steps:
+            counts = count_steps(steps, (self.summed.numel() - len(TOTALS)) // 2)
+            self._add(SimpleNamespace(**counts, dropped=0, expanded=0))
+
+    def _add(self, counted: Any) -> None:
+        totals = [int(np.sum(step(counted))) for step in _STEPS.values()]
+        loads = (np.atleast_2d(s).sum(axis=0) for s in (counted.load_before, counted.load_after))
+        self.summed.numpy()[:] += np.concatenate([*loads, totals])
 
     def record(self, selection: Selection, **tokens: Tensor | None) -> None:
         """Keep one step: the decision, and what `tokens` says of its rows (tensors [T, ...]).
