@@ -20,7 +20,6 @@ decode tokens only (eager engines; under CUDA graphs nothing can be recorded).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -253,30 +252,12 @@ def child(spec: dict[str, Any]) -> None:
     for line in sys.stdin:
         task = json.loads(line)
         if task["keep"] is not None:
-            llm.collective_rpc(set_keep, args=(task["keep"],))
+            keep = "auto" if task["keep"] == "auto" else int(task["keep"])
+            llm.collective_rpc("moe_capacity_keep", args=(keep,))
         print(MARK + json.dumps(one_turn(llm, spec, task)), flush=True)
 
 
 PROMPT = 32
-
-
-def set_keep(worker: Any, keep: str) -> None:
-    """Another k0 from the next step on: in the plan, or in the table that graphs read."""
-    from capmoe_kernels import _routing_launch
-    from vllm_capmoe import CapacityConfig, sharing
-    from vllm_capmoe.integration.layers import moe_layers
-
-    auto = CapacityConfig(decode_keep="auto")
-    for layer in moe_layers(worker.vllm_config):
-        router = layer.router
-        keeps = auto.keeps(router.plan.top_k)
-        values = keeps if keep == "auto" else (int(keep),) * len(keeps)
-        if worker.vllm_config.model_config.enforce_eager:
-            router.plan = dataclasses.replace(router.plan, keeps=values)
-            continue
-        for make in (sharing.keep_table, _routing_launch.keep_table):
-            table = make(keeps, router.tokens.is_decode.device)
-            table.copy_(table.new_tensor(values))
 
 
 def one_turn(llm: Any, spec: dict[str, Any], task: dict[str, Any]) -> dict[str, float]:

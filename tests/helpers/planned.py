@@ -4,7 +4,7 @@ import math
 
 from vllm_capmoe.planner.counts import Counts, Layer, Observation
 from vllm_capmoe.planner.grid import FACTORS, MODES
-from vllm_capmoe.planner.verdict import decide, decode_advice
+from vllm_capmoe.planner.verdict import decide, decode_advice, judge_decode
 
 
 def observed() -> Observation:
@@ -22,12 +22,18 @@ def observed() -> Observation:
                     rank_after=min(max(load), math.ceil(factor * 200)),
                 )  # fmt: skip
         decode = {
-            "keep 1": Counts(steps=5, mass=10.0, missing=0.5, active_before=20, active_after=15)
+            "keep 1 at 8": Counts(
+                steps=5, mass=10.0, missing=0.5, active_before=20, active_after=15
+            )
         }
         layers.append(Layer(number, 4, 2, [load], prompt, decode))
-    return Observation("a <model>", 4, 3, 0, 400, 30, 40, layers)
+    return Observation("a <model>", 4, 3, 0, 400, 30, layers)
 
 
 FOUND = observed()
 VERDICT = decide(FOUND, 0.05)
-ADVICE = decode_advice(FOUND)
+TIMED = {
+    "milliseconds": {"2": [10.0, 11.0, 10.0], "1": [8.0, 8.8, 9.0]},
+    "active": {"2": 4.0, "1": 3.0},
+}
+DECODE = [judge_decode(advice, TIMED, 0.05) for advice in decode_advice(FOUND, [8], 0.05)]

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from planned import ADVICE, FOUND, VERDICT
+from planned import DECODE, FOUND, VERDICT
 
 from vllm_capmoe.planner import page
 
@@ -26,7 +26,7 @@ def test_the_browser_draws_the_plots_and_asks_for_the_page_only(tmp_path: Path) 
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
-            self.wfile.write(page.html(FOUND, VERDICT, ADVICE).encode())
+            self.wfile.write(page.html(FOUND, VERDICT, DECODE).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -42,7 +42,7 @@ def test_the_browser_draws_the_plots_and_asks_for_the_page_only(tmp_path: Path) 
         url = f"http://127.0.0.1:{server.server_port}/plan"
         frame = tmp_path / "measure.html"
         frame.write_text(
-            page.html(FOUND, VERDICT, ADVICE).replace(
+            page.html(FOUND, VERDICT, DECODE).replace(
                 "</body>", f"<script>{measure}</script></body>"
             )
         )

@@ -53,7 +53,8 @@ def test_a_plan_predicts_what_its_settings_then_do(
     example_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
     done = run(
-        *words(example_model, prompts, tmp_path, "--ep-size", "4", "--max-loss", "5%"), "--check"
+        *words(example_model, prompts, tmp_path, "--ep-size", "4", "--max-loss", "5%"),
+        *("--requests", "2", "4", "--enforce-eager", "--check"),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     plan: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
@@ -85,18 +86,37 @@ def test_a_plan_predicts_what_its_settings_then_do(
     assert check["agreement"] < 1 and check["kl"] > 0
     layers = json.loads((tmp_path / "layers.json").read_text())
     assert layers == plan["verdict"]["layers"]
+    check_decode(plan["decode"], done.stdout)
     assert "Verdict: turn on" in done.stdout and f"@{tmp_path / 'layers.json'}" in done.stdout
     assert (tmp_path / "plan.html").read_text().count("<svg") == 6
+    assert (tmp_path / "plan.html").read_text().count('class="verdict') == 3
 
     # A second call finds all engines' results, and starts none.
-    again = run(*words(example_model, prompts, tmp_path, "--ep-size", "4", "--max-loss", "5%"))
+    again = run(
+        *words(example_model, prompts, tmp_path, "--ep-size", "4", "--max-loss", "5%"),
+        *("--requests", "2", "4", "--enforce-eager"),
+    )
     assert again.returncode == 0
     assert json.loads((tmp_path / "plan.json").read_text())["by_factor"] == plan["by_factor"]
+
+
+def check_decode(decode: list[dict[str, Any]], printed: str) -> None:
+    """What steps of 2 and 4 requests would load, and do load when they are timed."""
+    assert [found["requests"] for found in decode] == [2, 4]
+    for found in decode:
+        keep, timed = found["keep"], found["timed"]
+        assert set(timed) == {"2", "1"}
+        assert timed["1"]["active"] < timed["2"]["active"] and timed["2"]["time"] == 1
+        assert timed["1"]["active"] == pytest.approx(found["tried"]["1"]["active"], rel=0.02)
+        assert timed["2"]["active"] == pytest.approx(found["active_before"], rel=0.02)
+        assert found["worth"] == (timed[str(keep)]["time"] <= 1 / 1.05 if keep else False)
+    assert printed.count("Verdict for decode: ") == 2
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--requests", "42"), "--requests is 42, but there are 41 prompts: up to as many"),
         (("--ep-size", "3"), "--ep-size is 3, but it must divide the model's 8 experts."),
         (("--data-parallel-size", "2"), "--data-parallel-size is 2, but a plan runs in one engine"),
         (

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from planned import ADVICE, FOUND, VERDICT
+from planned import DECODE, FOUND, VERDICT
 
 from vllm_capmoe.planner import check, page, report
 from vllm_capmoe.planner.counts import Counts
@@ -15,21 +15,24 @@ from vllm_capmoe.planner.grid import MODES
 
 
 def test_the_text_has_the_figures() -> None:
-    text = report.text(FOUND, VERDICT, ADVICE)
+    text = report.text(FOUND, VERDICT, DECODE)
     rows = {tuple(line.split()[:2]): line.split() for line in text.splitlines()}
     # gamma = 1: 200 of 1600 assignments; 50 of a mass of 800; the busiest ranks 600 -> 400.
     assert rows["drop", "1"] == ["drop", "1", "12.50%", "6.25%", "6.25%", "1.50x", "0"]
     assert "Verdict: turn on" in text and VERDICT.worth
-    assert ADVICE is not None and ADVICE.before == 4.0
-    assert "25.00%" in text  # fewer active experts
+    assert rows["1", "3.0"] == ["1", "3.0", "25.00%", "5.00%", "3.0", "0.80"]
+    assert "Verdict for decode: turn on decode keep 1: at 8 requests, keeping 1 of 2 loads" in text
 
 
 def test_json_has_the_same_figures() -> None:
-    plain = json.loads(json.dumps(report.plain(FOUND, VERDICT, ADVICE), allow_nan=False))
+    plain = json.loads(json.dumps(report.plain(FOUND, VERDICT, DECODE), allow_nan=False))
     assert plain["by_factor"]["drop 1"]["dropped_share"] == 0.125
     assert plain["layers"][0]["imbalance"] == 2.0
     assert plain["verdict"]["worth"] is True
-    assert plain["decode"]["keep"]["1"] == {"active": 3.0, "mass_missing_share": 0.05}
+    (decode,) = plain["decode"]
+    assert (decode["requests"], decode["keep"], decode["worth"]) == (8, 1, True)
+    assert decode["tried"]["1"] == {"active": 3.0, "mass_missing_share": 0.05}
+    assert decode["timed"]["1"] == {"active": 3.0, "time": 0.8}
 
 
 class Tags(HTMLParser):
@@ -42,7 +45,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_has_plots_and_asks_nothing_of_the_network() -> None:
-    html = page.html(FOUND, VERDICT, ADVICE)
+    html = page.html(FOUND, VERDICT, DECODE)
     parser = Tags()
     parser.feed(html)
     assert not {tag for tag, _ in parser.seen} & {"script", "link", "img", "iframe"}

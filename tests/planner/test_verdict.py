@@ -9,7 +9,13 @@ import pytest
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.planner.counts import Counts, Layer, Observation, total
 from vllm_capmoe.planner.grid import FACTORS, MODES
-from vllm_capmoe.planner.verdict import best_limits, decide, decode_advice
+from vllm_capmoe.planner.verdict import (
+    DecodeAdvice,
+    best_limits,
+    decide,
+    decode_advice,
+    judge_decode,
+)
 
 STEPS, ASSIGNMENTS, EXPERTS, RANKS = 4, 32_000, 64, 8
 
@@ -39,7 +45,7 @@ def layer(number: int, rank_before: int, tried: dict[float, tuple[int, float]]) 
 
 
 def observation(layers: list[Layer], ep_size: int = RANKS) -> Observation:
-    return Observation("a model", ep_size, 10, 0, 16_000, 0, 0, layers)
+    return Observation("a model", ep_size, 10, 0, 16_000, 0, layers)
 
 
 def test_the_budget_goes_where_it_removes_the_most_load() -> None:
@@ -150,15 +156,42 @@ def test_no_step_with_a_prompt() -> None:
 
 def test_decode_advice_is_per_layer_and_step() -> None:
     tried = {
-        f"keep {keep}": Counts(
+        f"keep {keep} at 16": Counts(
             steps=10, mass=100.0, missing=8.0 - keep, active_before=400, active_after=50 * keep
         )
         for keep in range(1, 8)
     }
-    layers = [replace(layer(n, 8000, GOOD), decode=tried) for n in range(3)]
-    found = replace(observation(layers), decode_tokens=160)
-    advice = decode_advice(found)
-    assert advice is not None
-    assert (advice.tokens, advice.before) == (16.0, 40.0)
+    found = observation([replace(layer(n, 8000, GOOD), decode=tried) for n in range(3)])
+    (advice,) = decode_advice(found, [16, 32], 0.041)
+    assert (advice.requests, advice.before) == (16, 40.0)
     assert advice.rows[4] == (20.0, pytest.approx(0.04))
-    assert decode_advice(observation(layers[:0] or [layer(0, 8000, GOOD)])) is None
+    assert advice.keep == 4 and advice.keeps == [8, 4, 1]
+    (advice,) = decode_advice(found, [16], 0.0)
+    assert advice.keep is None and advice.keeps == [8, 1]
+    assert decode_advice(observation([layer(0, 8000, GOOD)]), [16], 0.1) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "times", "worth", "reason"),
+    [
+        (4, {8: [10, 20], 4: [8, 17], 1: [6, 11]}, True, "such steps took 0.82 of the time"),
+        (4, {8: [10, 20], 4: [9.8, 19], 1: [6, 11]}, False, "such steps took 0.97 of the time"),
+        (4, {8: [10, 20], 4: [5, 10], 1: [9.9, 20]}, False, "aren't bound by the experts"),
+        (
+            None,
+            {8: [10, 20], 1: [6, 11]},
+            False,
+            "at least 1.00% of the gate mass would be missing",
+        ),
+    ],
+)
+def test_decode_is_judged_by_the_time_of_its_steps(keep, times, worth, reason) -> None:
+    rows = {number: (5.0 * number, 0.08 - number / 100) for number in range(1, 8)}
+    advice = DecodeAdvice(16, 8, 40.0, rows, keep)
+    timed = {
+        "milliseconds": {str(number): own for number, own in times.items()},
+        "active": {str(number): 5.0 * number for number in times},
+    }
+    judged = judge_decode(advice, timed, 0.001)
+    assert judged.worth is worth and reason in judged.reason
+    assert judged.measured[8] == (40.0, 1.0)

@@ -1,20 +1,23 @@
 """The engines of the planner, each in a process of its own.
 
-    python -m vllm_capmoe.integration.planner_engine observe|answer SPEC.json RESULT.jsonl DONE
+    python -m vllm_capmoe.integration.planner_engine observe|answer|time SPEC.json RESULT.jsonl DONE
 
 The specification: "engine", the arguments of `vllm serve`'s engine as a list of words; "prompts";
 "max_tokens"; "settings", the keys of `additional_config["moe_capacity"]`; for `observe` also
-"trials" and "ep_size". The result gets a line for each chunk of prompts when the chunk is done, so
-a run that was cut short goes on where it ended: the first DONE prompts are passed over.
+"trials", "ep_size" and "requests". The result gets a line for each chunk of prompts when the chunk
+is done, so a run that was cut short goes on where it ended: the first DONE prompts are passed over.
+For `time` what stands for a prompt is a number of requests and its k0: see `run_times`.
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+TURNS = 5, 24  # least and most, of every k0 that is timed, after one to warm up
 CHUNK = 32  # prompts of one call of the engine, after which the result is saved
 TOP = 8  # log-probabilities per prompt position, for KL divergences; the rest counts as one token
 
@@ -42,11 +45,11 @@ def engine_args(words: list[str], settings: dict[str, Any]) -> Any:
     return made
 
 
-def conversations(prompts: list[Any]) -> Iterator[tuple[bool, list[Any]]]:
+def conversations(prompts: list[Any], size: int = CHUNK) -> Iterator[tuple[bool, list[Any]]]:
     """The prompts in chunks, texts and chats apart, in their order: whether chats, the chunk."""
     chunk: list[Any] = []
     for prompt in prompts:
-        if chunk and (isinstance(chunk[0], str) != isinstance(prompt, str) or len(chunk) == CHUNK):
+        if chunk and (isinstance(chunk[0], str) != isinstance(prompt, str) or len(chunk) == size):
             yield not isinstance(chunk[0], str), chunk
             chunk = []
         chunk.append(prompt)
@@ -69,9 +72,11 @@ def run(spec: dict[str, Any], result: Path, done: int, observe: bool) -> None:
     limited = not observe and spec["settings"]["mode"] != "off"
     seen: Counted = {}
     bar = tqdm(total=len(spec["prompts"]), initial=done, unit=" prompts", leave=False)
-    for chats, chunk in conversations(spec["prompts"][done:]):
+    size = max([CHUNK, *spec.get("requests", ())])
+    for chats, chunk in conversations(spec["prompts"][done:], size):
         if observe:
-            llm.collective_rpc("moe_capacity_try", args=(spec["trials"], spec["ep_size"]))
+            tried = (spec["trials"], spec["ep_size"], spec["requests"])
+            llm.collective_rpc("moe_capacity_try", args=tried)
         fitting = [prompt for prompt in chunk if _fits(llm, prompt, spec["max_tokens"])]
         call = llm.chat if chats else llm.generate
         start = time.perf_counter()
@@ -93,6 +98,63 @@ def run(spec: dict[str, Any], result: Path, done: int, observe: bool) -> None:
             file.write(json.dumps(counted) + "\n")
         bar.update(len(chunk))
     bar.close()
+
+
+def run_times(spec: dict[str, Any], result: Path, done: int) -> None:
+    """Time decode steps of so many "requests" with each of some "keeps", in turns.
+
+    Each turn has other prompts of "pool", as many as there are, or the same again. A line has
+    "milliseconds", by k0 the time per output token of a request, one number for each turn, and
+    "active", by k0 the experts that a layer loaded in a decode step.
+    """
+    made = engine_args(spec["engine"], spec["settings"])
+    made.disable_log_stats = False  # times of each request
+    made.enable_prefix_caching = False
+    from tqdm import tqdm
+    from vllm import LLM, SamplingParams
+
+    llm = LLM.from_engine_args(made)
+    sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True)
+    pool = [prompt for prompt in spec["pool"] if _fits(llm, prompt, spec["max_tokens"])]
+    for batch in tqdm(spec["prompts"][done:], unit=" batches", leave=False):
+        size = batch["requests"]
+        groups = [pool[at : at + size] for at in range(0, len(pool) - size + 1, size)]
+        keeps = [str(keep) for keep in batch["keeps"]]
+        times: dict[str, list[float]] = {keep: [] for keep in keeps}
+        loads = {keep: [0, 0] for keep in keeps}
+        turns = min(max(len(groups), TURNS[0]), TURNS[1])
+        for turn in range(1 + turns):
+            prompts = groups[turn % len(groups)]
+            for keep in keeps if turn % 2 else reversed(keeps):
+                llm.collective_rpc("moe_capacity_keep", args=(int(keep),))
+                before = _decode_steps(llm)
+                outputs = []
+                for chats, chunk in conversations(prompts, len(prompts)):
+                    call = llm.chat if chats else llm.generate
+                    outputs += call(chunk, sampling, use_tqdm=False)
+                if turn:
+                    times[keep].append(statistics.median(map(_per_token, outputs)))
+                    for at, (now, old) in enumerate(zip(_decode_steps(llm), before, strict=True)):
+                        loads[keep][at] += now - old
+        active = {keep: loaded / max(1, steps) for keep, (steps, loaded) in loads.items()}
+        line = {"prompts": 1, "milliseconds": times, "active": active}
+        with result.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _per_token(output: Any) -> float:
+    """Milliseconds between two tokens of an answer."""
+    metrics = output.metrics
+    span: float = metrics.last_token_ts - metrics.first_token_ts
+    return 1e3 * span / max(1, metrics.num_generation_tokens - 1)
+
+
+def _decode_steps(llm: Any) -> tuple[int, int]:
+    """Steps without a prompt token, and the experts that were loaded in them, over all layers."""
+    workers = llm.collective_rpc("moe_capacity_counters")
+    layers = {each["layer"]: each for own in workers for each in own}.values()
+    steps = sum(layer["steps"] - layer["prompt_steps"] for layer in layers)
+    return steps, sum(layer["decode_active_after"] for layer in layers)
 
 
 def _fits(llm: Any, prompt: Any, max_tokens: int) -> bool:
@@ -167,4 +229,7 @@ def _answer(output: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     kind, spec_file, result_file, passed_over = sys.argv[1:]
     specification = json.loads(Path(spec_file).read_text())
-    run(specification, Path(result_file), int(passed_over), kind == "observe")
+    if kind == "time":
+        run_times(specification, Path(result_file), int(passed_over))
+    else:
+        run(specification, Path(result_file), int(passed_over), kind == "observe")

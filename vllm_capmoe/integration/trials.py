@@ -5,8 +5,9 @@ what a run with that setting does on the same step. Nothing here is meant for se
 waits for the host.
 """
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +33,14 @@ class LayerTrials:
     loads: the load of every expert in each step with prompt tokens, before any limit.
     counts: by kind of step ("prompt" where it has a prompt token, else "decode"), then by trial,
         the sums that `vllm_capmoe.planner.counts.Counts` names.
-    decode_tokens: those of the steps without a prompt token.
+    requests: sizes of decode steps. A step without a prompt token is tried in parts of so many
+        tokens, as if each were a step; such a trial is called "... at 16".
     """
 
-    def __init__(self, plans: Mapping[str, Plan], rank_E: Tensor):
-        self.plans, self.rank_E = plans, rank_E
+    def __init__(self, plans: Mapping[str, Plan], rank_E: Tensor, requests: Sequence[int] = ()):
+        self.plans, self.rank_E, self.requests = plans, rank_E, requests
         self.loads: list[list[int]] = []
         self.counts: dict[str, dict[str, dict[str, float]]] = {"prompt": {}, "decode": {}}
-        self.decode_tokens = 0
 
     def add(self, scores_TE: Tensor, *, topk_TK: Tensor | None, **step: Any) -> None:
         """Try all plans on a step. scores_TE: float32 [T, E]. The rest as `route_torch` takes it.
@@ -51,15 +52,37 @@ class LayerTrials:
         real_T, prompt_T = _masks(scores_TE, step["is_padding_T"], step["is_decode_T"])
         if not bool(real_T.any()):
             return
-        kind = "prompt" if bool(prompt_T.any()) else "decode"
-        if kind == "decode":
-            self.decode_tokens += int(real_T.sum())
         step = {**step, "device_E": self.rank_E, "token_device_T": None}
+        if bool(prompt_T.any()):
+            self.loads.append(_loads(topk_TK, real_T, plan.num_experts).tolist())
+            self._try("prompt", "", scores_TE, topk_TK, real_T, step)
+            return
+        self._try("decode", "", scores_TE, topk_TK, real_T, step)
+        tokens = real_T.nonzero()[:, 0]
+        for size in self.requests:
+            for part in tokens.split(size)[: len(tokens) // size]:
+                alone = {**step, "is_padding_T": None, "is_decode_T": real_T[part]}
+                alone["request_T"] = None
+                self._try(
+                    "decode", f" at {size}", scores_TE[part], topk_TK[part], real_T[part], alone
+                )
+
+    def _try(
+        self,
+        kind: str,
+        size: str,
+        scores_TE: Tensor,
+        topk_TK: Tensor,
+        real_T: Tensor,
+        step: dict[str, Any],
+    ) -> None:
+        """Count what all plans do; of parts of a step, those without a limit."""
+        plan = next(iter(self.plans.values()))
         before_E = _loads(topk_TK, real_T, plan.num_experts)
-        if kind == "prompt":
-            self.loads.append(before_E.tolist())
         mass_T = _mass(scores_TE, topk_TK, real_T[:, None].expand_as(topk_TK))
         for name, tried in self.plans.items():
+            if size and tried.mode != "off":
+                continue
             selection = route_torch(scores_TE, tried, topk_TK=topk_TK, **step)
             held_TW = selection.experts.long()
             own_TW = (held_TW[:, :, None] == topk_TK[:, None, :]).any(2) & real_T[:, None]
@@ -81,7 +104,7 @@ class LayerTrials:
                 "active_before": int((before_E > 0).sum()),
                 "active_after": int((after_E > 0).sum()),
             }
-            sums = self.counts[kind].setdefault(name, defaultdict(int))
+            sums = self.counts[kind].setdefault(name + size, defaultdict(int))
             for counter, value in counted.items():
                 sums[counter] += value
 
@@ -112,12 +135,16 @@ def _mass(scores_TE: Tensor, experts_TW: Tensor, counted_TW: Tensor) -> Tensor:
 
 
 def moe_capacity_try(
-    vllm_config: "VllmConfig", trials: dict[str, dict[str, Any]], ep_size: int
+    vllm_config: "VllmConfig",
+    trials: dict[str, dict[str, Any]],
+    ep_size: int,
+    requests: Sequence[int] = (),
 ) -> None:
     """Try settings on every step from here on; none of them: stop, and forget what was counted.
 
     trials: by name, what `CapacityConfig.from_dict` takes. ep_size: the ranks over which the
-    experts of a layer are spread in blocks, for what is counted by rank.
+    experts of a layer are spread in blocks, for what is counted by rank. requests: as for
+    `LayerTrials`.
 
     Raises:
         ValueError: ep_size doesn't divide the experts of a layer, or steps are replayed from CUDA
@@ -149,13 +176,14 @@ def moe_capacity_try(
             for name, config in trials.items()
         }
         device = router.stats.counts.device
-        router.trials = LayerTrials(plans, torch.tensor(ranks, device=device)) if plans else None
+        rank_E = torch.tensor(ranks, device=device)
+        router.trials = LayerTrials(plans, rank_E, requests) if plans else None
 
 
 def moe_capacity_tried(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
     """What the trials have counted, layer by layer, as plain numbers.
 
-    The keys of a layer are the fields of `vllm_capmoe.planner.counts.Layer`, and `decode_tokens`.
+    The keys of a layer are the fields of `vllm_capmoe.planner.counts.Layer`.
     """
     found = []
     for layer in moe_layers(vllm_config):
@@ -170,8 +198,35 @@ def moe_capacity_tried(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
                 "experts": layer.router.num_logical_experts,
                 "top_k": layer.router.top_k,
                 "loads": trials.loads,
-                "decode_tokens": trials.decode_tokens,
                 **counts,
             }
         )
     return found
+
+
+def moe_capacity_keep(vllm_config: "VllmConfig", keep: int | str) -> None:
+    """Another `decode_keep` from the next step on, for measuring: in the plans of the layers, or in
+    the device tables that kernels and CUDA graphs read.
+
+    keep: k0 from 1 to k, or "auto".
+
+    Raises:
+        ValueError: keep is above k, or the engine wasn't started with decode-keep `auto`.
+    """
+    for layer in moe_layers(vllm_config):
+        router = layer.router
+        keeps = router.plan.keeps
+        wanted = CapacityConfig(decode_keep=keep).keeps(router.top_k) or (router.top_k,)
+        if len(keeps) < len(wanted):
+            raise ValueError(
+                "k0 can't be changed in an engine that was started with a fixed one: "
+                "--moe-capacity-decode-keep 'auto' is accepted."
+            )
+        values = wanted + wanted[-1:] * (len(keeps) - len(wanted))
+        if router.by_kernel:
+            from capmoe_kernels import _routing_launch
+
+            table = _routing_launch.keep_table(keeps, router.tokens.is_decode.device)
+            table.copy_(table.new_tensor(values))
+        else:
+            router.plan = dataclasses.replace(router.plan, keeps=values)

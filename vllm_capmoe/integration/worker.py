@@ -45,8 +45,9 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     The methods, all reached by `collective_rpc`: `moe_capacity_counters()` returns the counters of
     every layer, `moe_capacity_totals()` their sums; `moe_capacity_record(on, rows)` starts or stops
     keeping every step's routing; `moe_capacity_records()` returns what was kept;
-    `moe_capacity_try(trials, ep_size)` tries settings on every step, `moe_capacity_tried()` returns
-    what they would do; `moe_capacity_proof()` is asked before the first request, see `proof`.
+    `moe_capacity_try(trials, ep_size, requests)` tries settings on every step,
+    `moe_capacity_tried()` returns what they would do; `moe_capacity_keep(keep)` changes k0;
+    `moe_capacity_proof()` is asked before the first request, see `proof`.
     """
     compat.check_version()
     checks.check_environment(config)
@@ -90,5 +91,6 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         layers.moe_capacity_records,
         trials.moe_capacity_try,
         trials.moe_capacity_tried,
+        trials.moe_capacity_keep,
     ):
         setattr(worker, method.__name__, functools.partial(method, vllm_config))

@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to generate for each prompt (default: 32)",
     )  # fmt: skip
     parser.add_argument(
+        "--requests", type=count, nargs="+", metavar="N",
+        help="requests that generate at once, for the verdict on decode keep (default: 16, or as "
+        "many as there are prompts)",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, default=Path("capacity-plan"), metavar="FOLDER",
         help="gets plan.json, plan.html and layers.json (default: capacity-plan); a run that was "
         "cut short goes on from there",
@@ -85,6 +90,7 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
     words = ["--model", arguments.model, *engine, "--enforce-eager"]
     inspected = _inspect(words, arguments.ep_size)
     base, ranks = inspected.base, inspected.ranks
+    requests = _requests(arguments.requests, len(asked))
     if arguments.check and base.level == "device" and ranks != inspected.engine_ranks:
         raise ValueError(
             f"--check with --moe-capacity-level 'device' runs on {inspected.engine_ranks} ranks, "
@@ -108,13 +114,25 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
             "settings": observing,
             "trials": {trial.name: trial.config.to_dict() for trial in tried},
             "ep_size": ranks,
+            "requests": requests,
         },
     )
     observation = Observation.of_chunks(arguments.model, ranks, list(observed))
     found = verdict.decide(observation, arguments.max_loss)
-    advice = verdict.decode_advice(observation)
-    plain = report.plain(observation, found, advice)
-    text = report.text(observation, found, advice)
+    decode = verdict.decode_advice(observation, requests, arguments.max_loss)
+    timing = {
+        "engine": ["--model", arguments.model, *engine],  # as it is served: graphs and compilation
+        "pool": asked,
+        "prompts": [{"requests": advice.requests, "keeps": advice.keeps} for advice in decode],
+        "settings": {"mode": "off", "scope": "batch", "decode_keep": "auto"},
+    }
+    timed = _run("time", out, spec | timing, "timed") if decode else iter(())
+    decode = [
+        verdict.judge_decode(advice, times, arguments.max_loss)
+        for advice, times in zip(decode, timed, strict=True)
+    ]
+    plain = report.plain(observation, found, decode)
+    text = report.text(observation, found, decode)
     layers = out / "layers.json"
     layers.write_text(json.dumps(found.limits.settings(), indent=2) + "\n")
     settings = _settings(base, found.limits.mode, ranks)
@@ -135,11 +153,27 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
         plain["check"] = asdict(result)
         text += "\n\n" + result.text()
     (out / "plan.json").write_text(json.dumps(plain, indent=2) + "\n")
-    (out / "plan.html").write_text(page.html(observation, found, advice))
+    (out / "plan.html").write_text(page.html(observation, found, decode))
     files = f"Files: {out / 'plan.html'}, {out / 'plan.json'}, {layers}"
     if not found.worth:
         return f"{text}\n\n{files}"
     return f"{text}\n\nTo use it: {_flags(settings, layers)}\n{files}"
+
+
+def _requests(given: list[int] | None, prompts: int) -> list[int]:
+    """How many requests generate at once, for decode keep; none where it is refused.
+
+    Raises:
+        ValueError: more than there are prompts.
+    """
+    if given and max(given) > prompts:
+        raise ValueError(
+            f"--requests is {max(given)}, but there are {prompts} prompts: up to as many are "
+            "accepted."
+        )
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+        return []
+    return sorted(set(given)) if given else [min(16, prompts)]
 
 
 def _settings(base: CapacityConfig, mode: str, ranks: int) -> CapacityConfig:
@@ -249,7 +283,8 @@ def _run(
         given.write_text(text)
     passed_over = sum(chunk["prompts"] for chunk in read(result))
     if passed_over < len(spec["prompts"]):
-        print(f"{name}: {len(spec['prompts'])} prompts; the engine's log is {log}", file=sys.stderr)
+        what = "sizes of a step" if kind == "time" else "prompts"
+        print(f"{name}: {len(spec['prompts'])} {what}; the engine's log is {log}", file=sys.stderr)
         command = [sys.executable, "-m", ENGINE, kind, str(given), str(result), str(passed_over)]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("w") as stdout:

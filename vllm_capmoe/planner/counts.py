@@ -126,7 +126,6 @@ class Observation:
 
     prompts, prompt_tokens, output_tokens: what ran. left_out: prompts longer than the model takes.
     ep_size: the ranks that were assumed.
-    decode_tokens: decode tokens of the steps without a prompt, added up.
     """
 
     model: str
@@ -135,7 +134,6 @@ class Observation:
     left_out: int
     prompt_tokens: int
     output_tokens: int
-    decode_tokens: int
     layers: list[Layer]
 
     @classmethod
@@ -154,7 +152,6 @@ class Observation:
             left_out=sum(chunk["left_out"] for chunk in chunks),
             prompt_tokens=sum(chunk["prompt_tokens"] for chunk in chunks),
             output_tokens=sum(chunk["output_tokens"] for chunk in chunks),
-            decode_tokens=sum(chunk["layers"][0]["decode_tokens"] for chunk in chunks),
             layers=sorted(layers.values(), key=lambda layer: layer.number),
         )
 

@@ -105,7 +105,7 @@ def _figure(drawing: str, caption: str) -> str:
     return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def html(observation: Observation, verdict: Verdict, advice: DecodeAdvice | None) -> str:
+def html(observation: Observation, verdict: Verdict, decode: Sequence[DecodeAdvice]) -> str:
     """The page."""
 
     def curve(mode: str, what: str) -> list[tuple[float, float]]:
@@ -142,24 +142,33 @@ def html(observation: Observation, verdict: Verdict, advice: DecodeAdvice | None
             "it: what the MoE layers can gain at most.",
         ),
     ]
-    if advice is not None:
-        active = [(float(keep), row[0]) for keep, row in sorted(advice.rows.items())]
+    if decode:
+        active = {
+            f"{advice.requests} requests": [
+                *((float(keep), row[0]) for keep, row in sorted(advice.rows.items())),
+                (float(advice.top_k), advice.before),
+            ]
+            for advice in decode
+        }
         figures.append(
             _figure(
-                lines({"active experts": active}, "experts that a token keeps", "active experts"),
-                f"Experts that a layer loads in a decode step of {advice.tokens:.1f} tokens; "
-                f"{advice.before:.1f} without decode keep.",
+                lines(active, "experts that a token keeps", "active experts"),
+                "Experts that a layer loads in a decode step.",
             )
         )
-    kind, advised = "no", "Not worth it"
-    if verdict.worth:
-        kind, advised = "yes", f"Turn on {verdict.limits.mode}"
+    verdicts = [(verdict.worth, f"Turn on {verdict.limits.mode}", verdict.reason)]
+    for advice in decode:
+        verdicts.append((advice.worth, f"Turn on decode keep {advice.keep}", advice.reason))
     title = f"Capacity plan of {escape(observation.model)}"
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>"
-        f'<p class="verdict {kind}"><strong>{advised}</strong>: {escape(verdict.reason)}</p>'
+        + "".join(
+            f'<p class="verdict {"yes" if worth else "no"}"><strong>'
+            f"{advised if worth else 'Not worth it'}</strong>: {escape(reason)}</p>"
+            for worth, advised, reason in verdicts
+        )
         + "".join(figures)
-        + f"<h2>Figures</h2><pre>{escape(report.text(observation, verdict, advice))}</pre>"
+        + f"<h2>Figures</h2><pre>{escape(report.text(observation, verdict, decode))}</pre>"
         "</body></html>\n"
     )

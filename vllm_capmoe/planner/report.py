@@ -59,15 +59,23 @@ def by_layer(observation: Observation, verdict: Verdict) -> str:
 
 
 def decode_table(advice: DecodeAdvice) -> str:
-    """Decode keep: experts that a layer loads in a step, by what a token keeps."""
-    rows = [("off", f"{advice.before:.1f}", "-", "-")]
+    """Decode keep: experts that a layer loads in a step, by what a token keeps; what was timed."""
+
+    def timed(keep: int) -> list[str]:
+        if keep not in advice.measured:
+            return ["-", "-"]
+        active, ratio = advice.measured[keep]
+        return [f"{active:.1f}", f"{ratio:.2f}"]
+
+    rows = [["off", f"{advice.before:.1f}", "-", "-", *timed(advice.top_k)]]
     for keep, (after, missing) in sorted(advice.rows.items(), reverse=True):
         fewer = 1 - after / advice.before if advice.before else 0.0
-        rows.append((str(keep), f"{after:.1f}", _share(fewer), _share(missing)))
-    return table(("decode keep", "active experts", "fewer", "mass missing"), rows)
+        rows.append([str(keep), f"{after:.1f}", _share(fewer), _share(missing), *timed(keep)])
+    head = ("decode keep", "active experts", "fewer", "mass missing", "active, timed", "time")
+    return table(head, rows)
 
 
-def text(observation: Observation, verdict: Verdict, advice: DecodeAdvice | None) -> str:
+def text(observation: Observation, verdict: Verdict, decode: Sequence[DecodeAdvice]) -> str:
     """The whole plan for a terminal."""
     found = observation
     parts = [
@@ -80,20 +88,18 @@ def text(observation: Observation, verdict: Verdict, advice: DecodeAdvice | None
         f"By layer, {verdict.limits.mode} within the budget:",
         by_layer(found, verdict),
     ]
-    if advice is not None:
-        parts += [
-            f"Decode keep (steps of {advice.tokens:.1f} decode tokens on average):",
-            decode_table(advice),
-            "Fewer active experts make such a step faster only where it is bound by the weights it "
-            "loads: measure it, with --moe-capacity-decode-keep and without.",
-        ]
+    for advice in decode:
+        parts += [f"Decode keep, {advice.requests} requests a step:", decode_table(advice)]
     advised = f"turn on {verdict.limits.mode}" if verdict.worth else "not worth it"
     parts.append(f"Verdict: {advised}: {verdict.reason}")
+    for advice in decode:
+        advised = f"turn on decode keep {advice.keep}" if advice.worth else "not worth it"
+        parts.append(f"Verdict for decode: {advised}: {advice.reason}")
     return "\n\n".join(parts)
 
 
 def plain(
-    observation: Observation, verdict: Verdict, advice: DecodeAdvice | None
+    observation: Observation, verdict: Verdict, decode: Sequence[DecodeAdvice]
 ) -> dict[str, Any]:
     """The plan as JSON values."""
     limits, counts = verdict.limits, verdict.limits.counts
@@ -138,14 +144,22 @@ def plain(
             }
             for layer in observation.layers
         ],
-        "decode": None
-        if advice is None
-        else {
-            "tokens_per_step": advice.tokens,
-            "active_before": advice.before,
-            "keep": {
-                str(keep): {"active": after, "mass_missing_share": missing}
-                for keep, (after, missing) in advice.rows.items()
-            },
-        },
+        "decode": [
+            {
+                "requests": advice.requests,
+                "worth": advice.worth,
+                "reason": advice.reason,
+                "keep": advice.keep,
+                "active_before": advice.before,
+                "tried": {
+                    str(keep): {"active": after, "mass_missing_share": missing}
+                    for keep, (after, missing) in advice.rows.items()
+                },
+                "timed": {
+                    str(keep): {"active": active, "time": ratio}
+                    for keep, (active, ratio) in advice.measured.items()
+                },
+            }
+            for advice in decode
+        ],
     }

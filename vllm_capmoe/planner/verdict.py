@@ -6,7 +6,9 @@ most load removed within the budget of mass: starting from no limit, the lower f
 that removes the most for its cost comes next, until nothing fits the budget.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from vllm_capmoe.planner.counts import Counts, Layer, Observation, total
@@ -158,28 +160,76 @@ def _judge(observation: Observation, best: Limits, max_loss: float) -> tuple[boo
 
 @dataclass(frozen=True)
 class DecodeAdvice:
-    """Decode keep, for steps without a prompt.
+    """Decode keep, for steps of so many requests without a prompt.
 
-    tokens: decode tokens of a step, on average. rows: by k0 the experts active per layer and step,
-    and the share of gate mass that is missing. before: active experts without it.
+    before: experts active per layer and step without it. rows: by k0 the experts active with it,
+    and the share of gate mass that is missing. keep: the least k0 within the budget; None if there
+    is none. worth: use it. reason: why, as one sentence; empty until steps were timed.
+    measured: by k0 the experts active in the timed steps, and their time over that with all kept.
     """
 
-    tokens: float
+    requests: int
+    top_k: int
     before: float
     rows: dict[int, tuple[float, float]]
+    keep: int | None
+    worth: bool = False
+    reason: str = ""
+    measured: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def keeps(self) -> list[int]:
+        """What to time: all kept, what the budget allows, and the fewest experts there can be."""
+        return sorted({self.top_k, self.keep or 1, 1}, reverse=True)
 
 
-def decode_advice(observation: Observation) -> DecodeAdvice | None:
-    """What decode keep does to the observed decode steps; None without any."""
-    rows: dict[int, tuple[float, float]] = {}
-    before = 0.0
-    steps = 0
-    for keep in range(1, min(layer.top_k for layer in observation.layers)):
-        counts = observation.over_layers(f"keep {keep}", "decode")
-        if counts.steps:
-            before = counts.active_before / counts.steps
-            steps = counts.steps // len(observation.layers)
-            rows[keep] = counts.active_after / counts.steps, counts.missing_share
-    if not rows:
-        return None
-    return DecodeAdvice(observation.decode_tokens / max(1, steps), before, rows)
+def decode_advice(
+    observation: Observation, requests: Sequence[int], max_loss: float
+) -> list[DecodeAdvice]:
+    """What decode keep does to the observed decode steps; none for sizes that didn't occur."""
+    top_k = min(layer.top_k for layer in observation.layers)
+    found = []
+    for size in requests:
+        rows, before = {}, 0.0
+        for keep in range(1, top_k):
+            counts = observation.over_layers(f"keep {keep} at {size}", "decode")
+            if counts.steps:
+                before = counts.active_before / counts.steps
+                rows[keep] = counts.active_after / counts.steps, counts.missing_share
+        if rows:
+            within = [keep for keep, (_, missing) in rows.items() if missing <= max_loss]
+            found.append(DecodeAdvice(size, top_k, before, rows, min(within, default=None)))
+    return found
+
+
+def judge_decode(advice: DecodeAdvice, timed: Mapping[str, Any], max_loss: float) -> DecodeAdvice:
+    """The verdict for decode steps, by their times. timed: see `planner_engine.run_times`."""
+    times = timed["milliseconds"]
+    all_kept = times[str(advice.top_k)]
+    measured = {}
+    for keep, own in times.items():
+        ratios = [new / old for new, old in zip(own, all_kept, strict=True)]
+        measured[int(keep)] = timed["active"][keep], median(ratios)
+    fewest, most = measured[1], measured[advice.top_k]
+    worth = False
+    if fewest[1] > 1 / WORTH:
+        reason = (
+            f"steps of {advice.requests} requests that loaded {fewest[0]:.1f} experts in a layer "
+            f"instead of {most[0]:.1f} took {fewest[1]:.2f} of the time: they aren't bound by the "
+            "experts that they load."
+        )
+    elif advice.keep is None:
+        least = min(missing for _, missing in advice.rows.values())
+        reason = (
+            f"at least {least:.2%} of the gate mass would be missing, more than {max_loss:.2%}."
+        )
+    else:
+        active, ratio = measured[advice.keep]
+        worth = ratio <= 1 / WORTH
+        reason = (
+            f"at {advice.requests} requests, keeping {advice.keep} of {advice.top_k} loads "
+            f"{active:.1f} experts in a layer instead of {most[0]:.1f}, for "
+            f"{advice.rows[advice.keep][1]:.2%} of the gate mass; such steps took {ratio:.2f} of "
+            "the time."
+        )
+    return replace(advice, worth=worth, reason=reason, measured=measured)
