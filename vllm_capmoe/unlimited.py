@@ -57,10 +57,11 @@ def hold(scores_TE: Floats, plan: Plan, topk_TK: Array, decode_T: Mask | None) -
         models_TK = topk_TK[rows_T1, np.argsort(-keys_TE[rows_T1, topk_TK], axis=1)]
         held_TK = share_experts(keep, keys_TE, models_TK, decode_T)
     else:
-        keys_TK = score_keys(scores_TE[rows_T1, topk_TK], topk_TK, plan.num_experts)
-        models_TK = held_TK = topk_TK[rows_T1, np.argsort(-keys_TK, axis=1)]
+        # By falling score, ties to the lower expert, NaN last: as `score_keys` has it.
+        order_TK = np.lexsort((topk_TK, -scores_TE[rows_T1, topk_TK]))
+        models_TK = held_TK = topk_TK[rows_T1, order_TK]
     scores_TK = scores_TE[rows_T1, models_TK]
-    weights_TK = scores_TE[rows_T1, held_TK]
+    weights_TK = scores_TK.copy() if held_TK is models_TK else scores_TE[rows_T1, held_TK]
     if plan.renormalize:
         weights_TK = renormalized(weights_TK)
     return Held(models_TK, scores_TK, held_TK, weights_TK, T - decodes)
@@ -140,15 +141,14 @@ def route_unlimited(
     )
 
 
-def score_keys(scores: Floats, experts: Array | None = None, num_experts: int = 0) -> Array:
-    """`ranking.score_keys`; with experts given, of these columns of E alone."""
-    E = num_experts or scores.shape[1]
-    scores = scores + np.float32(0)  # -0.0 + 0.0 is 0.0
-    bits = scores.view(np.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    bits[np.isnan(scores)] = NAN_KEY
-    backwards = np.arange(E - 1, -1, -1) if experts is None else E - 1 - experts
-    return (bits.astype(np.int64) << expert_bits(E)) + backwards
+def score_keys(scores_TE: Floats) -> Array:
+    """`ranking.score_keys`."""
+    E = scores_TE.shape[1]
+    scores_TE = scores_TE + np.float32(0)  # -0.0 + 0.0 is 0.0
+    bits_TE = scores_TE.view(np.int32)
+    bits_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
+    bits_TE[np.isnan(scores_TE)] = NAN_KEY
+    return (bits_TE.astype(np.int64) << expert_bits(E)) + np.arange(E - 1, -1, -1)
 
 
 def fixed_point(scores: Floats) -> Array:
@@ -161,10 +161,11 @@ def share_experts(keep: int, keys_TE: Array, topk_TK: Array, decode_T: Mask) -> 
     """`sharing.share_experts`, for a known k0 and real tokens."""
     (T, E), k = keys_TE.shape, topk_TK.shape[1]
     rows_T1 = np.arange(T)[:, None]
+    all_decode = decode_T.all()
     loaded_E = np.zeros(E, np.int64)
-    loaded_E[topk_TK[:, :keep].ravel()] = 1
-    if not decode_T.all():
-        loaded_E[topk_TK[~decode_T].ravel()] = 1
+    loaded_E[topk_TK[:, :keep]] = 1
+    if not all_decode:
+        loaded_E[topk_TK[~decode_T]] = 1
     # Kept before loaded, loaded before the rest of the top-k, and that before all others.
     own_TK = loaded_E[topk_TK] + 1
     own_TK[:, :keep] = 3
@@ -173,14 +174,11 @@ def share_experts(keep: int, keys_TE: Array, topk_TK: Array, decode_T: Mask) -> 
     ranked_TE = keys_TE + (rank_TE << (32 + expert_bits(E)))
     shared_TK = np.argpartition(ranked_TE, E - k, axis=1)[:, E - k :]
     shared_TK = shared_TK[rows_T1, np.argsort(-keys_TE[rows_T1, shared_TK], axis=1)]
-    return shared_TK if decode_T.all() else np.where(decode_T[:, None], shared_TK, topk_TK)
+    return shared_TK if all_decode else np.where(decode_T[:, None], shared_TK, topk_TK)
 
 
 def renormalized(weights_TK: Floats) -> Floats:
     """Each score over the sum of its row, added column by column, as `kept_weights` does it."""
-    total_T = weights_TK[:, 0].copy()
     with np.errstate(all="ignore"):  # infinities and NaN go their way, as in torch
-        for column in range(1, weights_TK.shape[1]):
-            total_T += weights_TK[:, column]
-        total_T[total_T == 0] = 1.0
-        return weights_TK / total_T[:, None]
+        total_T1 = np.add.accumulate(weights_TK, axis=1)[:, -1:]
+        return weights_TK / np.where(total_T1 == 0, np.float32(1), total_T1)

@@ -191,14 +191,23 @@ class CapacityRouter(BaseRouter):
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
         assert self.plan is not None, "a layer ran before vllm_capmoe bound it"
-        name, topk_ids = _encode_layer_name(self.layer_name), None
+        topk_ids = None
+        # Only a compiler needs the ops, which take their time.
+        compiling = torch.compiler.is_compiling()
+        name = _encode_layer_name(self.layer_name) if compiling else ""
         if self.observes or not (self.plain and self.by_kernel):
             weights, topk_ids = self.inner._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
-            if self.observes:
+            if self.observes and compiling:
                 return weights, torch.ops.capmoe.observe(router_logits, topk_ids, name)
-        return torch.ops.capmoe.route(router_logits, topk_ids, self.plan.width, name)
+            if self.observes:
+                self.observe(router_logits, topk_ids)
+                return weights, topk_ids
+        if compiling:
+            return torch.ops.capmoe.route(router_logits, topk_ids, self.plan.width, name)
+        weights, experts = self.route(router_logits, topk_ids)
+        return weights, experts.to(_ids_dtype(topk_ids))
 
     def decide(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Any, Tensor | None]:
         """Who holds which expert, on real tensors; it is counted, and recorded if that is on.
@@ -293,6 +302,11 @@ class CapacityRouter(BaseRouter):
             skipped = is_padding if self.by_kernel else None
             experts = fill_unused(experts, selection.load_after, skipped)
         return weights, experts
+
+    def observe(self, router_logits: Tensor, topk_ids: Tensor) -> None:
+        """Decide and count, no more."""
+        if self.hold(router_logits, topk_ids) is None:
+            self.decide(router_logits, topk_ids)
 
     def _apply_eplb_mapping(self, topk_ids: Tensor) -> Tensor:
         """Logical experts to replicas, as vLLM does; then unused places to the phantom expert."""
@@ -465,8 +479,7 @@ def observe_op(
 ) -> torch.Tensor:
     """`torch.ops.capmoe.observe`: decide and count; a copy of the ids, so that the call stays."""
     layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
-    if layer.router.hold(router_logits, topk_ids) is None:
-        layer.router.decide(router_logits, topk_ids)
+    layer.router.observe(router_logits, topk_ids)
     return topk_ids.clone()
 
 
