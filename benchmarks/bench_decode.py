@@ -181,7 +181,8 @@ def main() -> None:
     lines = [f"bfloat16, {'compiled' if args.compiled else 'eager'}, one process per engine"]
     table = common.Table(args.out, COLUMNS, KEY, common.header(device, lines))
     deadline = time.monotonic() + args.budget
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(weights.write_config(Path(temporary) / "model", args.model, args.layers))
         for drafts in args.drafts:
             spec = {name: getattr(args, name) for name in ("model", "layers", "compiled", "memory")}
             spec |= {"folder": folder, "drafts": drafts, "output": args.output}
@@ -229,11 +230,8 @@ def child(spec: dict[str, Any]) -> None:
         more["gpu_memory_utilization"] = spec["memory"]
     from vllm import LLM
 
-    folder = weights.write_config(
-        Path(spec["folder"]) / spec["model"], spec["model"], spec["layers"]
-    )
     llm = LLM(
-        model=str(folder),
+        model=spec["folder"],
         skip_tokenizer_init=True,
         load_format=weights.LOAD_FORMAT,
         model_loader_extra_config={"skew": 1.5},
