@@ -106,7 +106,7 @@ class Engine:
     threads: of this process; vLLM would take all cores.
     """
 
-    def __init__(self, model: Path, *, threads: int, most_requests: int = 32) -> None:
+    def __init__(self, model: Path, *, threads: int, most_requests: int = 64) -> None:
         os.environ.update(
             HF_HUB_OFFLINE="1",
             VLLM_CPU_KVCACHE_SPACE="1",
@@ -125,16 +125,16 @@ class Engine:
             enable_prefix_caching=False,
             max_model_len=1024,
             max_num_seqs=most_requests,
-            max_num_batched_tokens=STEP_TOKENS,
+            max_num_batched_tokens=2 * STEP_TOKENS,  # room for the prompts of a decode run
             async_scheduling=False,
             additional_config={
                 "moe_capacity": {"mode": "expanded", "factor": 1.0, "max_experts": "none"}
             },
             logits_processors=[forced_tokens()],
         )
-        self.loads = Loads()
+        self.loads: dict[int, Loads] = {}
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._decoding = False
+        self._groups: tuple[int, ...] = ()
         self._worker: Any = self.llm.llm_engine.model_executor.driver_worker.worker
         self._model = self._worker.model_runner.model
         self._model.register_forward_hook(self._keep_hidden, with_kwargs=True)
@@ -166,36 +166,54 @@ class Engine:
             )
 
     def _watched(self, router: Any, route: Any) -> Any:
+        from vllm_capmoe.integration.step import Shard
+
+        def in_groups(logits: Tensor, topk_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+            parts = zip(logits.split(rows), topk_ids.split(rows), strict=True)
+            routed = []
+            for number, part in enumerate(parts):
+                router.shard = Shard(number, len(logits) // rows)
+                routed.append(route(*part))
+            router.shard = Shard()
+            return torch.cat([w for w, _ in routed]), torch.cat([e for _, e in routed])
+
         def watching(logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-            weights, experts = route(logits, topk_ids)
             chosen = topk_ids
             if chosen is None:
                 chosen = logits.float().topk(router.top_k, dim=1).indices
-            self.loads.add(router._scores(logits), chosen, experts)
+            if not (self._groups and self._seen):  # a step of prompts
+                weights, experts = route(logits, topk_ids)
+                if not self._groups:
+                    self.loads[0].add(router._scores(logits), chosen, experts)
+                return weights, experts
+            weights, experts = in_groups(logits, chosen, self._groups[0])
+            for rows in self._groups:
+                every = (router._scores(logits), chosen, experts)
+                for part in zip(*(each.split(rows) for each in every), strict=True):
+                    self.loads[rows].add(*part)
             return weights, experts
 
         return watching
 
     def _keep_hidden(self, _model: Any, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
         if torch.is_tensor(out) and len(out):
-            if self._decoding and not self._seen:
-                self.loads = Loads()  # what was counted so far is the prompts' step
             self._seen.append(
                 (kwargs["input_ids"].clone(), kwargs["positions"].clone(), out.clone())
             )
 
-    def _begin(self, *, decoding: bool) -> None:
+    def _begin(self, groups: Sequence[int]) -> None:
         self._seen.clear()
-        self.loads, self._decoding = Loads(), decoding
+        self._groups = tuple(groups)
+        self.loads = {rows: Loads() for rows in groups or (0,)}
 
     def hidden(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states [tokens - 1, H] of each sequence but for its last token, from one step.
+        """Hidden states [tokens, H] of each sequence, from one step.
 
         Raises RuntimeError where vLLM didn't run them as one step.
         """
         from vllm import SamplingParams
 
-        self._begin(decoding=False)
+        self._begin(())
         self.llm.generate(
             [{"prompt_token_ids": list(sequence)} for sequence in sequences],
             SamplingParams(max_tokens=1, temperature=0, detokenize=False),
@@ -210,19 +228,23 @@ class Engine:
         wanted = [tuple(sequence) for sequence in sequences]
         if rest or set(parts) != set(wanted):
             raise RuntimeError(f"vLLM ran {len(self._seen)} steps; the prompts were not one step.")
-        return [parts[sequence][:-1] for sequence in wanted]
+        return [parts[sequence] for sequence in wanted]
 
-    def decode_hidden(self, sequences: Sequence[Sequence[int]], prompt: int) -> list[Tensor]:
+    def decode_hidden(
+        self, sequences: Sequence[Sequence[int]], prompt: int, groups: Sequence[int]
+    ) -> list[Tensor]:
         """Hidden states of each sequence's tokens after the first `prompt`, without the last one.
 
-        Every token is a decode step of its own, of all sequences side by side; `loads` then counts
-        these steps only. The sequences have one length.
+        Every token is a decode step of its own, of all sequences side by side. The sequences have
+        one length. groups: the routers see so many of a step's sequences at a time (the first
+        number), as if only these were in the step; all else of a step knows no neighbours. `loads`
+        then counts decode steps only, by each of these numbers, which divide the sequences.
 
         Raises RuntimeError where vLLM ran other steps.
         """
         from vllm import SamplingParams
 
-        self._begin(decoding=True)
+        self._begin(groups)
         steps = len(sequences[0]) - prompt
         self.llm.generate(
             [{"prompt_token_ids": list(sequence[:prompt])} for sequence in sequences],
@@ -245,6 +267,26 @@ class Engine:
         out_BNH = torch.stack([out for _, _, out in decoded], dim=1)
         rows = {tuple(ids.tolist()): out for ids, out in zip(ids_BN, out_BNH, strict=True)}
         return [rows[tuple(sequence[prompt:-1])] for sequence in sequences]
+
+    def answers(self, instructions: Sequence[str], most_tokens: int) -> list[Any]:
+        """vLLM's outputs: the greedy answers of a chat to each instruction, side by side."""
+        from vllm import SamplingParams
+
+        self._begin(())
+        tokenizer = self.llm.get_tokenizer()
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in instructions
+        ]
+        ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": each} for each in ids],
+            SamplingParams(max_tokens=most_tokens, temperature=0),
+            use_tqdm=False,
+        )
+        return [output.outputs[0] for output in outputs]
 
     def distributions(self, hidden: Tensor) -> Iterator[Tensor]:
         """Log-probabilities float32 [rows, V] of the next tokens for hidden [T, H], in chunks."""

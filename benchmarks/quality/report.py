@@ -15,7 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from _common import read_table
-from settings import AGAIN, NONE, RULES, Setting, decode_settings, rule, tables
+from report_tasks import answers_section, choice_section
+from settings import AGAIN, NONE, RULES, Setting, auto_keep, decode_setting, rule, tables
 
 TITLES = {
     "rules": "Rules, by γ",
@@ -156,29 +157,40 @@ def prompt_section(model: str, found: dict[str, Cost]) -> list[str]:
 
 def decode_section(model: str, every: dict[Part, dict[str, Cost]]) -> list[str]:
     """Decode keep: experts active per layer and step, and Δ nll, by k0 and requests in a step."""
-    settings = decode_settings(top_k_of(model))
-    text = [f"## {model}: active experts per layer and step, Δ nll", ""]
-    text += ["| requests | " + " | ".join(f"k0 = {k0}" for k0 in settings) + " | tokens |"]
-    text += ["|---" * (len(settings) + 2) + "|"]
-    for part, found in every.items():
-        if part[0] == model:
-            cells = [
-                f"{c.active:.1f}, {c.short}" if (c := found.get(setting.name)) else ""
-                for setting in settings.values()
-            ]
-            tokens = found[NONE.name].tokens
-            text += [f"| {part[1]} | " + " | ".join(cells) + f" | {tokens} |"]
+    top_k = top_k_of(model)
+    text = [f"## {model}: active experts per layer and step, and what they cost", ""]
+    text += ["| requests | k0 | active experts | fewer | Δ nll | KL | top-1 agreement | tokens |"]
+    text += ["|---" * 8 + "|"]
+    for (name, requests), found in every.items():
+        if name != model:
+            continue
+        free = found[NONE.name]
+        for k0 in range(top_k, 0, -1):
+            c = free if k0 == top_k else found.get(decode_setting(k0).name)
+            if c:
+                word = f"{k0} (`auto`)" if k0 == auto_keep(requests, top_k) else f"{k0}"
+                text.append(
+                    f"| {requests} | {word} | {c.active:.1f} | {1 - c.active / free.active:.1%} "
+                    f"| {c.short} | {c.kl:.4f} | {c.agree:.3f} | {c.tokens} |"
+                )
     return [*text, ""]
 
 
-def report(path: Path, *, decode: bool) -> None:
-    """Write PATH's Markdown, summary CSV and plots beside it."""
+def report(path: Path, what: str) -> None:
+    """Write PATH's Markdown, summary CSV and plots beside it. what: one of `run.KINDS`."""
     head, rows = read_table(path)
     text = [f"# {path.stem}", "", *(line.removeprefix("# ") + "  " for line in head), ""]
+    if what in ("choice", "answers"):
+        section = choice_section if what == "choice" else answers_section
+        summary = path.with_name(path.stem + "-summary.csv")
+        path.with_suffix(".md").write_text("\n".join([*text, *section(rows, summary), ""]))
+        print(f"Wrote {path.with_suffix('.md')} and its summary.")
+        return
     text += [(__doc__ or "").split("\n\n", 1)[1].strip(), ""]
     every = costs(rows)
     models = list(dict.fromkeys(model for model, _ in every))
     for model in models:
+        decode = what == "decode"
         text += decode_section(model, every) if decode else prompt_section(model, every[model, 0])
     path.with_suffix(".md").write_text("\n".join(text))
     with path.with_name(path.stem + "-summary.csv").open("w", newline="") as file:
@@ -188,7 +200,7 @@ def report(path: Path, *, decode: bool) -> None:
         for part, found in every.items():
             for name, c in found.items():
                 writer.writerow([*part, name, *(f"{getattr(c, n):.6g}" for n in names)])
-    if not decode:
+    if what == "prompts":
         plot(path, {model: every[model, 0] for model in models})
     print(f"Wrote {path.with_suffix('.md')} and what belongs to it.")
 

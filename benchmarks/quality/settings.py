@@ -121,14 +121,30 @@ def tables(top_k: int) -> dict[str, dict[tuple[str, str], Setting]]:
     }
 
 
-REQUESTS = (16, 4, 8, 32, 2)  # the most telling first
+REQUESTS = (16, 2, 8, 4, 32, 64)  # the most telling first
+KEEPS = (4, 6, 5, 3, 2)
 
 
-def decode_settings(top_k: int) -> dict[str, Setting]:
-    """k0 -> setting, without a limit for prompts; the first one keeps all experts."""
-    named = [*(k0 for k0 in (2, 3, 4, 6) if k0 < top_k), "auto"]
-    kept = {str(k0): Setting.of("drop", float("inf"), decode_keep=k0) for k0 in named}
-    return {"all": NONE, **{k0: setting for k0, setting in kept.items() if setting.known}}
+def decode_setting(k0: int) -> Setting:
+    """Decode keep, without a limit for prompts."""
+    return Setting.of("drop", float("inf"), decode_keep=k0)
+
+
+def auto_keep(requests: int, top_k: int) -> int:
+    """k0 of decode keep `auto` in a step of so many requests."""
+    by_tokens = CapacityConfig(decode_keep="auto").keeps(top_k) or (top_k,)
+    return by_tokens[min(requests, len(by_tokens) - 1)]
+
+
+def decode_settings(requests: int, top_k: int, keep: Sequence[int | str]) -> list[Setting]:
+    """No decode keep, then these k0 below k; "16:4" is for 16 requests only.
+
+    `auto` is measured as the k0 that it is there.
+    """
+    parts = [str(each).rpartition(":") for each in keep]
+    here = [k0 for count, _, k0 in parts if count in ("", str(requests))]
+    numbers = [auto_keep(requests, top_k) if k0 == "auto" else int(k0) for k0 in here]
+    return [NONE, *(decode_setting(k0) for k0 in dict.fromkeys(numbers) if k0 < top_k)]
 
 
 def all_settings(top_k: int, chosen: Sequence[str] = TABLES) -> list[Setting]:

@@ -1,6 +1,7 @@
 """`make quality` on very little text: and every measure means something."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_quality_runs(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "quality.csv"
     command = [sys.executable, str(repo_root / "benchmarks" / "quality" / "run.py"), "--quick"]
-    command += ["--models", "16-peaked", "--out", str(out), "--threads", "1"]
+    command += ["--models", "16-peaked", "--keep", "2", "--out", str(out), "--threads", "1"]
     subprocess.run(command, env=environment(), check=True, timeout=500)
     measured = {row["setting"]: row for row in rows_of(tmp_path / "quality-summary.csv")}
     free, again = measured.pop("drop inf"), measured.pop("drop inf metric=order")
@@ -42,3 +43,30 @@ def test_quality_runs(repo_root: Path, tmp_path: Path) -> None:
     # Four requests of four experts each: from 4 to 16 different ones.
     assert 4 <= float(shared["active"]) < float(kept["active"]) <= 16
     assert float(shared["held"]) == 1.0
+    # Eight questions and four instructions, without a limit, again, and with one.
+    for what, last in (("choice", "drop 1"), ("answers", "drop inf decode_keep=2")):
+        free, again, ours = rows_of(tmp_path / f"quality_{what}-summary.csv")
+        assert free["setting"] == "drop inf" and ours["setting"] == last
+        assert {**again, "setting": ""} == {**free, "setting": ""}
+    free, _, ours = rows_of(tmp_path / "quality_choice-summary.csv")
+    assert (free["questions"], free["shift"]) == ("8", "0")
+    assert float(ours["shift"]) > 0.01
+    free, _, ours = rows_of(tmp_path / "quality_answers-summary.csv")
+    assert (free["equal"], free["agree"], free["right"], free["known"]) == ("4", "1", "2", "2")
+    assert float(ours["agree"]) < 1
+
+
+def test_groups_of_a_decode_step_are_steps_of_their_own(repo_root: Path) -> None:
+    script = repo_root / "tests" / "benchmarks" / "grouped_decode.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(repo_root)],
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["apart"] < 1e-3 < min(found["all_eight"], found["free"])
+    assert found["calls"] == {"4": 2 * 16 * 7, "8": 16 * 7}  # 7 steps of 16 layers
+    assert 4 <= found["active"] < found["active_free"]["4"] < found["active_free"]["8"] <= 16
