@@ -17,10 +17,11 @@ from vllm_capmoe.layer_settings import LayerSettings
 
 FLAG_PREFIX = "--moe-capacity-"
 
-AUTO_KEEP = ((1, Fraction(3, 4)), (8, Fraction(5, 8)), (16, Fraction(1, 2)))
+AUTO_KEEP = ((1, Fraction(7, 8)), (8, Fraction(3, 4)), (16, Fraction(5, 8)))
 """Decode keep `auto`: from so many decode tokens in a step on, the share of the top-k that each
-keeps, rounded up. Few tokens load few experts for each other, so each must keep more of its own
-(first figures, of a model with 64 experts and top-8: 2 to 4 tokens 6, 8 tokens 5, 16 tokens 4).
+keeps, rounded up. Few tokens load few experts for each other, so each must keep more of its own:
+meant to cost at most 0.005 nats a token (64 experts, top-8, measured at 2 and 16 tokens; between
+them one expert more than what cost about that much, see *Quality* in benchmarks/README.md).
 """
 
 
@@ -446,8 +447,9 @@ or inf.
 
             >>> CapacityConfig(decode_keep=3).keeps(top_k=8)
             (3,)
-            >>> CapacityConfig(decode_keep="auto").keeps(top_k=8)
-            (6, 6, 6, 6, 6, 6, 6, 6, 5, 5, 5, 5, 5, 5, 5, 5, 4)
+            >>> auto = CapacityConfig(decode_keep="auto").keeps(top_k=8)
+            >>> len(auto), [auto[n] for n in (1, 7, 8, 15, 16)]
+            (17, [7, 7, 6, 6, 5])
 
         Raises ValueError for more than k.
         """

@@ -185,11 +185,11 @@ def decode_keep(step: Step, prompt: Sequence[int], decoding: Sequence[int]) -> H
     """
     k, k0 = step.k, step.want["decode_keep"]
     if k0 == "auto":
-        share = Fraction(3, 4)
+        share = Fraction(7, 8)
         if len(decoding) >= 8:
-            share = Fraction(5, 8)
+            share = Fraction(3, 4)
         if len(decoding) >= 16:
-            share = Fraction(1, 2)
+            share = Fraction(5, 8)
         k0 = math.ceil(share * k)
     if k0 == "off":
         k0 = k
