@@ -82,7 +82,8 @@ def reroute_kernel(
             SCORING,
         )  # fmt: skip
         here = columns[None, :] == expert[:, None]
-        bids = tl.where(here & (j < lost)[:, None], left, bids)
+        # Where nothing is left, the best of nothing is column 0: no bid, and no end of one.
+        bids = tl.where(here & (best != NONE)[:, None], left, bids)
         left = tl.where(here, NONE, left)
     for j in range(most, M):
         tl.store(cand_ptr + (K + j) * T + t, tl.full((BLOCK_T,), -1, tl.int32), mask=t < T)

@@ -413,6 +413,24 @@ def test_one_expert_takes_all(k: int, launches: str) -> None:
     assert got.load_before[3] == 50 and got.load_after[3] == 5 * k
 
 
+@pytest.mark.parametrize("level", ["expert", "device"])
+def test_reroute_where_fewer_experts_are_open_than_a_token_lost(launches: str, level: str) -> None:
+    """A token that lost two bids and finds one open expert bids for that one, and once."""
+    given = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(24, 8, generator=generator).to(DEVICE)
+        config = CapacityConfig(mode="reroute", factor=0.7, min_capacity=1, level=level)
+        devices = None if level == "expert" else torch.arange(8, device=DEVICE) // 2
+        owners = None if devices is None else devices.tolist()
+        plan = resolve(config, num_experts=8, top_k=2, expert_device=owners)
+        got = check(scores, plan, **({} if devices is None else {"device_E": devices}))
+        if level == "expert":
+            assert int(got.load_after.max()) <= int(got.capacity.max())
+        given += int(got.expanded)
+    assert given > 0
+
+
 def test_a_step_of_decode_tokens_alone_and_one_of_padding_alone(launches: str) -> None:
     scores = torch.rand(20, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones(20, dtype=torch.bool, device=DEVICE)
