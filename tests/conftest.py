@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from engines import ended
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,6 +79,31 @@ def make_carved() -> Iterator[ModuleType]:
 def padded_carved_model(make_carved: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The language model of the demo, with heads that divide between two ranks. Read only."""
     return make_carved.make_carved(tmp_path_factory.mktemp("models") / "padded", padded=True)
+
+
+RunScript = Callable[[Path, list[str], Path, dict[str, str]], str]
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Iterator[RunScript]:
+    """Run a script that uses vLLM: run_script(script, arguments, log, environment) -> its output.
+
+    It fails where the script does, takes too long or leaves a process behind.
+    """
+    kept: dict[str, Forks] = {}  # the last used at the end
+
+    def run(script: Path, arguments: list[str], log: Path, env: dict[str, str]) -> str:
+        env.pop("PYTEST_CURRENT_TEST", None)  # is another one each time
+        key = json.dumps(env, sort_keys=True)
+        forks = kept[key] = kept.pop(key, None) or Forks(env)
+        if len(kept) > 3:  # each holds half a gigabyte
+            kept.pop(next(iter(kept))).close()
+        group, code = forks.run(script, arguments, log, 550)
+        return ended(group, "no end in 550 s" if code is None else code, log)
+
+    yield run
+    for forks in kept.values():
+        forks.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

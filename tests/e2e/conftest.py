@@ -1,8 +1,6 @@
 """Real engines for the end-to-end tests: offline runs, each in a process of its own."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def run(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(
+    example_model: Path, tmp_path_factory: pytest.TempPathFactory, run_script: Callable[..., str]
+) -> Run:
     """Run an offline engine; equal calls are answered from the first one's result.
 
     run(batches, max_tokens=8, plugin=True, environment={}, **engine keywords) -> the result of
@@ -63,17 +63,9 @@ def run(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             if not plugin:
                 more["VLLM_PLUGINS"] = ""
-            with log.open("w") as out:
-                code = subprocess.run(
-                    [sys.executable, str(RUNNER), str(before), str(after)],
-                    env=environment(**more, **(env or {})),
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    timeout=550,
-                    check=False,
-                ).returncode
-            text = log.read_text(errors="replace")
-            assert code == 0, f"the engine ended with {code}:\n{text[-6000:]}"
+            text = run_script(
+                RUNNER, [str(before), str(after)], log, environment(**more, **(env or {}))
+            )
             done[key] = json.loads(after.read_text()) | {"log": text}
         return done[key]
 

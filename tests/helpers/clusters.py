@@ -1,20 +1,23 @@
 """What engines of several ranks need on two cores, see tests/platform and tests/ranks."""
 
 import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 
-from engines import environment, processes_of_group
+from engines import ended, environment
 
 TESTS = Path(__file__).resolve().parent.parent
 
 
 def cores(ranks: int) -> str:
-    """VLLM_CPU_OMP_THREADS_BIND: a core for each rank, of those that this process may use."""
+    """VLLM_CPU_OMP_THREADS_BIND: a core for each rank, of those that this process may use.
+
+    Left to itself vLLM binds every engine of one rank to the same core of two. Of tests that run
+    beside each other (pytest -n), each process begins with another core.
+    """
     ours = sorted(os.sched_getaffinity(0))
-    return "|".join(str(ours[rank % len(ours)]) for rank in range(ranks))
+    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return "|".join(str(ours[(first + rank) % len(ours)]) for rank in range(ranks))
 
 
 CLUSTER = {
@@ -43,11 +46,4 @@ def start(command: list[str], log: Path, timeout: float, **env: str) -> str:
         code: int | str = process.wait(timeout)
     except subprocess.TimeoutExpired:
         code = f"no end in {timeout:.0f} s"
-    deadline = time.monotonic() + 20  # what the command started may end a little after it
-    while (left := processes_of_group(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    if left:
-        os.killpg(process.pid, signal.SIGKILL)
-    text = log.read_text(errors="replace")
-    assert code == 0 and not left, f"ended with {code}, leaving {left}:\n{text[-6000:]}"
-    return text
+    return ended(process.pid, code, log)

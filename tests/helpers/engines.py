@@ -78,6 +78,21 @@ def processes_of_group(group: int) -> list[int]:
     return found
 
 
+def ended(group: int, code: int | str | None, log: Path) -> str:
+    """The output of a program that has ended.
+
+    Fails if its exit status isn't 0 or if it left a process behind.
+    """
+    deadline = time.monotonic() + 20  # what the program started may end a little after it
+    while (left := processes_of_group(group)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if left:
+        os.killpg(group, signal.SIGKILL)
+    text = log.read_text(errors="replace")
+    assert code == 0 and not left, f"ended with {code}, leaving {left}:\n{text[-6000:]}"
+    return text
+
+
 @contextmanager
 def serve(model: Path, folder: Path, *arguments: str, **env: str) -> Iterator[Server]:
     """`vllm serve` in a process group of its own; it must be gone, wholly, after SIGINT."""

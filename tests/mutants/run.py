@@ -14,7 +14,6 @@ or it survived without a reason in the list.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+from forks import Forks  # noqa: E402
 from mutant_list import ROOT, Mutant, StaleError, mutants  # noqa: E402
 from overlays import make_overlay  # noqa: E402
 
@@ -72,32 +72,21 @@ class Copy:
 
         self.log = folder / "log"
         # Compiled files of a mutant would serve the next one, if both were made in one second.
-        self.forks = subprocess.Popen(
-            [self.python, "-P", Path(__file__).with_name("forks.py")],
-            cwd=self.root,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        self.forks = Forks(env, python=self.python, folder=self.root, tests=True)
 
     def test(self, arguments: str, timeout: float) -> tuple[int | None, str]:
         """Run pytest. Returns its exit status (None: no end in time) and its last words."""
         paths, _, expression = arguments.partition(" -k ")
         command = ["-x", "-q", "-p", "no:cacheprovider", *paths.split()]
         command += ["-k", expression] if expression else []
-        asked = {"arguments": command, "log": str(self.log), "timeout": timeout}
-        assert self.forks.stdin is not None and self.forks.stdout is not None
-        self.forks.stdin.write(json.dumps(asked) + "\n")
-        self.forks.stdin.flush()
-        code = json.loads(self.forks.stdout.readline())
+        _, code = self.forks.run("pytest", command, self.log, timeout)
         lines = self.log.read_text(errors="replace").splitlines()
         short = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
         return code, short[0] if short else ""
 
     def close(self) -> None:
-        self.forks.communicate()
+        self.forks.close()
 
     def try_out(self, mutant: Mutant, timeout: float) -> Result:
         start, path = time.monotonic(), self.root / mutant.file

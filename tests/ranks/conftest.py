@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from clusters import CLUSTER, start
+from clusters import CLUSTER
 from engines import environment, free_port
 
 RUNNER = Path(__file__).with_name("run_ranks.py")
@@ -23,7 +23,9 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def run_ranks(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run_ranks(
+    example_model: Path, tmp_path_factory: pytest.TempPathFactory, run_script: Callable[..., str]
+) -> Run:
     """Run an engine: run_ranks(requests, record=None, env={}, **engine keywords).
 
     Returns the result of run_ranks.py with the log beside it. float32, eager, no prefix caching
@@ -51,8 +53,8 @@ def run_ranks(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         number = len(list(folder.glob("*.spec.json")))
         before, after = folder / f"{number}.spec.json", folder / f"{number}.json"
         before.write_text(json.dumps({"engine": engine, "requests": requests, "record": record}))
-        command = [sys.executable, str(RUNNER), str(before), str(after)]
-        text = start(command, folder / f"{number}.log", 550, **(env or {}))
+        log, settings = folder / f"{number}.log", environment(**{**CLUSTER, **(env or {})})
+        text = run_script(RUNNER, [str(before), str(after)], log, settings)
         result = json.loads(after.read_text()) | {"log": text}
         assert result["platform"] == "ClusterPlatform"
         return result
@@ -99,17 +101,20 @@ def nine_experts(example_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_metrics() -> str:
     """Where the node of `ray_cluster` shows its metrics to Prometheus."""
     return f"http://127.0.0.1:{free_port()}/metrics"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster(
     ray_metrics: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """A Ray cluster of one node with two logical GPUs; the environment that finds it."""
+    """A Ray cluster of one node with two logical GPUs; the environment that finds it.
+
+    It gets along with another one beside it: none of its ports is Ray's default.
+    """
     ray = Path(sys.executable).with_name("ray")
     folder = tmp_path_factory.mktemp("ray")
     port = free_port()
@@ -119,6 +124,8 @@ def ray_cluster(
     command += ["--num-cpus=8", "--include-dashboard=false", "--disable-usage-stats"]
     command += ["--object-store-memory=100000000"]
     command += [f"--metrics-export-port={urlsplit(ray_metrics).port}"]
+    for name in ("ray-client-server", "dashboard", "dashboard-agent-listen"):
+        command += [f"--{name}-port={free_port()}"]
     log = folder / "ray.log"
     with log.open("w") as out:
         process = subprocess.Popen(
