@@ -24,8 +24,11 @@ venv:  ## make the environment in .venv: vLLM, this package, the tools
 demo: venv  ## serve a small MoE model with a capacity limit, ask it, show the loads
 	@$(BIN)/python examples/demo.py
 
+# Test files that run at a time; one where engines would share a GPU.
+JOBS ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo 0 || echo 2)
+
 test: venv  ## run the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # QUALITY="--tokens 2048 --models 16-peaked" is a quick one.
 quality: venv  ## measure what the limits cost in quality: tables and plots in benchmarks/results

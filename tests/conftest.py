@@ -20,6 +20,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from clusters import cores
 from engines import ended
 from forks import Forks
 
@@ -36,6 +37,13 @@ if not torch.cuda.is_available():
 # Requests to servers of the tests must not go through a proxy.
 for name in ("no_proxy", "NO_PROXY"):
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+
+
+# One of several processes of `pytest -n`: its engines begin with a core of their own.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores(1)
+    torch.set_num_threads(1)
 
 
 def load_script(name: str, path: Path) -> ModuleType:
@@ -106,6 +114,38 @@ def run_script() -> Iterator[RunScript]:
         forks.close()
 
 
+# Files that take minutes, the longest first: `pytest -n` begins with them, so that no long one is
+# left for the end.
+LONG = [
+    "e2e/test_engine.py",
+    "ranks/test_without_limit.py",
+    "ranks/test_server.py",
+    "ranks/test_limits.py",
+    "e2e/test_models.py",
+    "ranks/test_ray_examples.py",
+    "kernels/test_experts_aot.py",
+    "kernels/test_routing_aot.py",
+    "ranks/test_triton.py",
+    "ranks/test_carved.py",
+    "ranks/test_pipeline.py",
+    "e2e/test_server.py",
+    "e2e/test_new_weights.py",
+    "planner/test_plan.py",
+    "plugin/test_refusals.py",
+    "plugin/test_wheel.py",
+    "plugin/test_compile_cache.py",
+    "plugin/test_engine_args.py",
+    "plugin/test_proof.py",
+    "kernels/test_bounds.py",
+    "kernels/test_experts.py",
+    "kernels/test_routing.py",
+]
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where there is no CUDA device, and tests marked cpu where there is."""
     has_gpu = torch.cuda.is_available()
@@ -113,6 +153,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cpu" if has_gpu else "gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+    if WORKER:
+        items.sort(key=lambda item: LONG.index(file) if (file := file_of(item)) in LONG else 99)
 
 
 seconds_by_folder: Counter[str] = Counter()

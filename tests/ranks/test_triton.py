@@ -7,7 +7,7 @@ shares a step, so one process with plain torch is the measure for every layout.
 from typing import Any
 
 import pytest
-from clusters import DATA_PARALLEL, TENSOR_PARALLEL
+from clusters import DATA_PARALLEL, TENSOR_PARALLEL, cores
 from comparing import assert_same
 from counting import layers_of
 
@@ -30,7 +30,7 @@ LIMITED = {
 @pytest.fixture(scope="module")
 def plain(run_ranks, nine_experts) -> dict[str, Any]:
     """One process, plain torch."""
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cores(1)}
     return run_ranks(REQUESTS, model=str(nine_experts), record="loads", env=env, **LIMITED)
 
 

@@ -37,7 +37,7 @@ SLOW = "data parallel, Ray"  # its two parts are in others
 
 
 def one_process(run_ranks, model: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cores(1)}
     return run_ranks(REQUESTS, model=str(model), record="rows", env=env, **settings)
 
 
