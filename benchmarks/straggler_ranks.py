@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 GOAL = 0.85  # of the ideal, for the time in the MoE layers
-BASELINE = {"mode": "expanded", "factor": "inf"}
-LIMITS = [
+BASELINE: dict[str, Any] = {"mode": "expanded", "factor": "inf"}
+LIMITS: list[dict[str, Any]] = [
     {"mode": mode, "factor": gamma, "level": level}
     for level in ("expert", "device")
     for mode in ("drop", "expanded")
@@ -152,7 +152,8 @@ def take_times(worker: Any) -> dict[str, list[float]]:
 def set_capacity(worker: Any, settings: dict[str, Any]) -> None:
     """Let the routers follow other settings, as if the engine had been started with them."""
     from vllm_capmoe import CapacityConfig
-    from vllm_capmoe.integration.layers import moe_layers, placement
+    from vllm_capmoe.integration.layers import moe_layers
+    from vllm_capmoe.integration.placement import placement
     from vllm_capmoe.plan import resolve
 
     config = CapacityConfig(**settings)
@@ -340,8 +341,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.bar([p - 0.2 for p in places], [r["gain"] for r in shown], 0.4, label="MoE layers")
     axis.bar([p + 0.2 for p in places], [r["step_gain"] for r in shown], 0.4, label="whole step")
     for p, row in zip(places, shown, strict=True):
-        axis.hlines(row["ideal"], p - 0.4, p, color="black", label="ideal" if p == 0 else None)
-        axis.hlines(row["amdahl"], p, p + 0.4, color="grey", label="Amdahl" if p == 0 else None)
+        axis.hlines(row["ideal"], p - 0.4, p, color="black", label="ideal" if p == 0 else "")
+        axis.hlines(row["amdahl"], p, p + 0.4, color="grey", label="Amdahl" if p == 0 else "")
     labels = [f"{r['mode']}\n{r['gamma']}\n{r['level']}" for r in shown]
     axis.set_xticks(list(places), labels, fontsize=8)
     axis.axhline(1, color="black", linewidth=0.5)

@@ -24,19 +24,9 @@ _HOME = {
 }
 
 
-def _version() -> str:
-    """The installed version, or "0.0.0" when run from a source tree that is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("vllm-capmoe")
-    except PackageNotFoundError:
-        return "0.0.0"
-
-
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        value: Any = import_module("vllm_capmoe.version").own_version()
     elif name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
     else:

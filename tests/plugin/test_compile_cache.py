@@ -7,11 +7,10 @@ from vllm.compilation import caching
 from vllm.compilation.backends import VllmBackend
 from vllm.engine.arg_utils import EngineArgs
 
-import vllm_capmoe
-from vllm_capmoe import CapacityConfig
+from vllm_capmoe import CapacityConfig, register
 from vllm_capmoe.integration import compat, compile_cache
 
-vllm_capmoe.register()
+register()
 compat.apply(compile_cache.patches)
 
 DROP = {"mode": "drop", "factor": 1.5}
@@ -74,7 +73,7 @@ def test_what_is_in_the_graph(stock, one, other):
 def test_other_settings_and_other_releases_are_in_the_key(stock, monkeypatch):
     first = keys(stock, DROP, other=1)
     assert first[:2] != keys(stock, DROP, other=2)[:2]
-    monkeypatch.setattr(vllm_capmoe, "__version__", "99.0")
+    monkeypatch.setattr(compile_cache, "own_version", lambda: "99.0")
     assert first[:2] != keys(stock, DROP, other=1)[:2]
 
 

@@ -13,7 +13,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import vllm_capmoe
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.config import OPTIONS
-from vllm_capmoe.integration.engine_args import GROUP, capacity_config
+from vllm_capmoe.integration.engine_args import GROUP
+from vllm_capmoe.integration.settings import capacity_config
 
 vllm_capmoe.register()
 

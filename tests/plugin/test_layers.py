@@ -18,8 +18,8 @@ from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.fused_moe import layer as fused_moe
 
 import vllm_capmoe
-from vllm_capmoe.integration import compat, custom_ops, experts, layers, router, step
-from vllm_capmoe.integration.engine_args import KEY, capacity_config
+from vllm_capmoe.integration import compat, custom_ops, experts, layers, router, rpc, step
+from vllm_capmoe.integration.settings import KEY, capacity_config
 
 vllm_capmoe.register()
 pytestmark = pytest.mark.cpu
@@ -124,7 +124,7 @@ def test_a_drafts_layer_may_route_by_itself(config):
 
 def test_a_stage_without_moe_layers_binds_nothing(config):
     bind(config, torch.nn.Linear(2, 2))
-    assert layers.moe_layers(config) == [] == layers.moe_capacity_counters(config)
+    assert layers.moe_layers(config) == [] == rpc.moe_capacity_counters(config)
 
 
 @pytest.mark.parametrize(

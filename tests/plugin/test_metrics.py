@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
-from vllm_capmoe.integration import layers, metrics
+from vllm_capmoe.integration import metrics, rpc
 from vllm_capmoe.integration.metrics import PUBLISHED, Publisher
 from vllm_capmoe.integration.stats import TABLE, TOTALS, LayerStats, read, totals
 from vllm_capmoe.integration.step import StepTokens
@@ -248,17 +248,17 @@ def test_readers_change_nothing_and_see_nothing_of_the_start(monkeypatch):
     tokens = StepTokens.allocate(8, 2, CPU)
     stats = [layer([9] * E, [9] * E, steps=1), layer([9] * E, [9] * E, steps=1)]
     made = [SimpleNamespace(router=SimpleNamespace(stats=s, tokens=tokens)) for s in stats]
-    monkeypatch.setattr(layers, "moe_layers", lambda vllm_config: made)
-    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(rpc, "moe_layers", lambda vllm_config: made)
+    monkeypatch.setattr(rpc, "get_tensor_model_parallel_rank", lambda: 0)
     tokens.before_first_step += [each.reset for each in stats]
-    assert all(c["load_before"] == [0] * E for c in layers.moe_capacity_counters(None))
-    assert set(layers.moe_capacity_totals(None).values()) == {0}
+    assert all(c["load_before"] == [0] * E for c in rpc.moe_capacity_counters(None))
+    assert set(rpc.moe_capacity_totals(None).values()) == {0}
     assert len(tokens.before_first_step) == 2
     tokens.begin()
     stats[0].summed += FIRST.counts
-    assert layers.moe_capacity_totals(None)["assignments"] == 16
+    assert rpc.moe_capacity_totals(None)["assignments"] == 16
     tokens.begin()
-    assert layers.moe_capacity_counters(None)[0]["dropped"] == 4
+    assert rpc.moe_capacity_counters(None)[0]["dropped"] == 4
 
 
 @pytest.mark.parametrize(
@@ -271,9 +271,9 @@ def test_one_rank_answers_for_those_that_count_the_same(monkeypatch, rank, parts
     for part, each in zip(parts, (FIRST, SECOND), strict=True):
         stats = LayerStats("layer", each.counts, part)
         found.append(SimpleNamespace(router=SimpleNamespace(stats=stats, tokens=tokens)))
-    monkeypatch.setattr(layers, "moe_layers", lambda vllm_config: found)
-    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: rank)
-    answer = layers.moe_capacity_totals(None)
+    monkeypatch.setattr(rpc, "moe_layers", lambda vllm_config: found)
+    monkeypatch.setattr(rpc, "get_tensor_model_parallel_rank", lambda: rank)
+    answer = rpc.moe_capacity_totals(None)
     assert answer["assignments"] == assignments and set(answer) == set(BOTH)
 
 

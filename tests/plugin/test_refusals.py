@@ -19,7 +19,7 @@ from vllm.model_executor.models import ModelRegistry
 
 import vllm_capmoe
 from vllm_capmoe import CapacityConfig
-from vllm_capmoe.integration import checks, compat, layers, worker
+from vllm_capmoe.integration import checks, compat, rpc, worker
 
 vllm_capmoe.register()
 
@@ -197,11 +197,11 @@ def test_captured_experts_are_refused(example_model):
 
 def test_recording_under_cuda_graphs_is_refused(example_model):
     config = engine_config(example_model)
-    layers.moe_capacity_record(config, True)  # no graphs on the CPU
+    rpc.moe_capacity_record(config, True)  # no graphs on the CPU
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     with pytest.raises(ValueError, match="FULL_AND_PIECEWISE hide them: --enforce-eager is"):
-        layers.moe_capacity_record(config, True)
-    layers.moe_capacity_record(config, False)
+        rpc.moe_capacity_record(config, True)
+    rpc.moe_capacity_record(config, False)
 
 
 def test_quantised_weights_go_to_vllms_kernels(example_model):

@@ -32,9 +32,10 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
 from vllm_capmoe import CapacityConfig
-from vllm_capmoe.integration import kernels
+from vllm_capmoe.integration import kernels, layer_checks
 from vllm_capmoe.integration.compat import vllm_version
-from vllm_capmoe.integration.kernels import KERNELS, Dropped, check_layer, dropped_by
+from vllm_capmoe.integration.kernels import KERNELS, Dropped, dropped_by
+from vllm_capmoe.integration.layer_checks import check_layer
 
 REFUSED = (Dropped.REFUSED, Dropped.REFUSED_IN_MODE)
 # Nothing is dropped: vLLM's choice stays, and its batches of a fixed size are served.
@@ -260,7 +261,7 @@ def test_a_layer_is_refused_by_the_table():
 def test_a_layer_is_looked_at_when_it_is_made():
     router = make(MIXTRAL, prompt_of_one_request(), mode="drop")
     monolithic = next(kind for kind in vllms_classes() if kind.is_monolithic())
-    init = next(seam for seam in kernels.patches() if seam.name == "__init__")
+    (init,) = layer_checks.patches()
     made = init.make(lambda self: vars(self).update(vars(layer(monolithic, router))))
     with choosing("off"):
         made(SimpleNamespace())

@@ -17,8 +17,8 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from vllm_capmoe import CapacityConfig
-from vllm_capmoe.integration import layers
-from vllm_capmoe.integration.layers import Placement, placement
+from vllm_capmoe.integration import placement as placement_module
+from vllm_capmoe.integration.placement import Placement, placement
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import Shard, StepTokens
@@ -72,7 +72,7 @@ def placed(
 
 @pytest.fixture(autouse=True)
 def no_tensor_parallel_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(placement_module, "get_tensor_model_parallel_rank", lambda: 1)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "round_robin"])

@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 import vllm_capmoe
 from vllm_capmoe import CapacityConfig
-from vllm_capmoe.integration.engine_args import capacity_config
+from vllm_capmoe.integration.settings import capacity_config
 
 vllm_capmoe.register()
 

@@ -1,13 +1,15 @@
-"""What importing our packages loads, each in an interpreter of its own."""
+"""What importing our packages loads, each in an interpreter of its own, and who imports whom."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,32 +96,119 @@ def test_the_public_names_are_there_without_vllm() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def imports_of(path: Path) -> set[str]:
-    """All modules that a file imports anywhere, inside of functions too."""
-    names = set()
+# Layer by layer: a module imports those of its own layer and of the layers above it in this list.
+LAYERS = (
+    ("capmoe_kernels",),
+    ("vllm_capmoe.version", "vllm_capmoe.layer_settings", "vllm_capmoe.config", "vllm_capmoe.plan"),
+    ("vllm_capmoe.limits", "vllm_capmoe.ranking", "vllm_capmoe.sharing"),
+    ("vllm_capmoe.torch_routing", "vllm_capmoe.experts", "vllm_capmoe.reference"),
+    ("vllm_capmoe.unlimited", "vllm_capmoe.ops"),
+    ("vllm_capmoe.integration",),
+    ("vllm_capmoe.planner",),
+    ("vllm_capmoe",),  # the package itself: a door to the public names, for all outside of it
+    ("examples",),
+    ("benchmarks",),
+)
+# Scripts find these folders on their path, and in them modules by their bare names.
+SCRIPTS = ("examples", "benchmarks", "benchmarks/quality")
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """All modules of the packages and of the folders of scripts, by their names from the root."""
+    found = {}
+    for base, folder in (
+        ("kernels", "capmoe_kernels"),
+        ("", "vllm_capmoe"),
+        ("", "examples"),
+        ("", "benchmarks"),
+    ):
+        for path in sorted((root / base / folder).rglob("*.py")):
+            parts = path.relative_to(root / base).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, str | None]]:
+    """What a file imports anywhere, in functions and for types too: module, name (or None)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None and not node.level, f"{path} imports relatively"
-            names.add(node.module)
-    return names
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def graph(found: dict[str, Path]) -> dict[str, set[str]]:
+    """Who imports whom of these modules. A name that is a module is that module."""
+    edges = {}
+    for module, path in found.items():
+        bases = [""]
+        if module.startswith(("examples", "benchmarks")):
+            bases += [folder.replace("/", ".") + "." for folder in reversed(SCRIPTS)]
+        edges[module] = {
+            next(
+                (each for base in bases for each in (base + full, base + name) if each in found), ""
+            )
+            for name, attribute in imports_of(path)
+            for full in [f"{name}.{attribute}"]
+        } - {""}
+    return edges
+
+
+def layer_of(module: str) -> int:
+    """The place in `LAYERS`, by the longest name there that the module or its package has."""
+    names = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    parts = module.split(".")
+    found = [".".join(parts[:size]) for size in range(len(parts), 0, -1)]
+    known = [name for name in found if name in names and (name != "vllm_capmoe" or name == module)]
+    assert known, f"{module} is in no layer of LAYERS"
+    return names[known[0]]
 
 
 def test_imports_run_one_way(repo_root: Path) -> None:
-    """Integration on routing and experts, these on the kernels; never back, not lazily either."""
-    kernels = sorted((repo_root / "kernels" / "capmoe_kernels").glob("*.py"))
-    core = sorted((repo_root / "vllm_capmoe").glob("*.py"))
-    assert kernels and core
-    for path in (*kernels, *core):
-        tops = {name.split(".")[0] for name in imports_of(path)}
-        assert "vllm" not in tops, path
-        assert "vllm_capmoe" not in tops or path in core, path
-    for path in sorted((repo_root / "vllm_capmoe" / "integration").glob("*.py")):
-        assert not any(name.startswith("vllm_capmoe.planner") for name in imports_of(path)), path
-    for path in core:
-        inside = [name for name in imports_of(path) if "vllm_capmoe.integration" in name]
-        assert not inside or path.name == "__init__.py", path  # which says where `register` is
+    """No circle and no way back: not in a function, not for types, not between folders."""
+    found = modules(repo_root)
+    edges = graph(found)
+    assert len(edges) > 80 and sum(map(len, edges.values())) > 150
+    graphlib.TopologicalSorter(edges).prepare()  # CycleError names the circle
+    back = [
+        f"{module} imports {other}"
+        for module, others in edges.items()
+        for other in others
+        if layer_of(other) > layer_of(module)
+    ]
+    assert not back, "\n".join(back)
+    for module, path in found.items():
+        if module.startswith("capmoe_kernels") or layer_of(module) < layer_of(
+            "vllm_capmoe.integration"
+        ):
+            tops = {name.split(".")[0] for name, _ in imports_of(path)}
+            assert "vllm" not in tops, f"{module} imports vllm"
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "circle"),
+    [
+        ("vllm_capmoe.ranking", "import vllm_capmoe.sharing", ["vllm_capmoe.sharing"]),
+        (
+            "vllm_capmoe.integration.stats",
+            "from vllm_capmoe.integration import metrics",
+            ["vllm_capmoe.integration.metrics"],
+        ),
+        ("benchmarks._opponents", "import bench_moe_layer", ["benchmarks.bench_moe_layer"]),
+        ("benchmarks.gpu.items", "from gpu import report", ["benchmarks.gpu.report"]),
+    ],
+)
+def test_a_circle_is_seen(
+    repo_root: Path, tmp_path: Path, module: str, line: str, circle: list[str]
+) -> None:
+    """One import more, hidden in a function."""
+    found = modules(repo_root)
+    changed = tmp_path / "changed.py"
+    changed.write_text(f"{found[module].read_text()}\n\ndef hidden():\n    {line}\n")
+    with pytest.raises(graphlib.CycleError) as error:
+        graphlib.TopologicalSorter(graph({**found, module: changed})).prepare()
+    assert {module, *circle} <= set(error.value.args[1])
 
 
 @pytest.mark.engine

@@ -1,12 +1,15 @@
 """The vLLM side of the plugin, and the only part of the package that imports vLLM.
 
 register        what the entry point `vllm.general_plugins` calls, in every vLLM process
-engine_args     flags, keywords and additional_config; refuses what can't be served
+engine_args     flags, keywords and additional_config
+settings        where the settings stand in vLLM's configuration
+checks          refuses what can't be served; layer_checks: what only a layer shows
 worker          a worker starts: activate the rest if a mode is on
 front_end       an engine is made: what its process needs, also where Ray Serve sent its settings
 router          capacity behind vLLM's router          step      decode tokens, request ids
 experts         our experts as a vLLM kernel           stats     counters on the device
 layers          binds the loaded model's layers        metrics   Prometheus series, log
+placement       where experts live                     rpc       what a worker answers
 isolation       what scope `request` refuses           compile_cache    vLLM's keys of graphs
 kernels         what vLLM's own kernels do with dropped assignments
 proof           every process has the same plugin and settings, or none serves

@@ -1,4 +1,12 @@
-"""What a capacity mode can't serve is refused here, before any weight is loaded.
+"""What a capacity mode can't serve is refused, in as early a place as can know of it:
+
+    config, settings, engine_args   a setting that can't be read, or came twice
+    checks (this file)              what the settings and vLLM's configuration say together: before
+                                    an engine is made, and again in each worker; isolation.py is
+                                    its part for scope `request`
+    layer_checks                    what only a layer of the model shows: in the workers
+    compat, proof                   another vLLM, or another plugin in some process
+    rpc                             a call that a worker can't answer
 
 Every message is one sentence that names the flag, what came, and what is accepted.
 """

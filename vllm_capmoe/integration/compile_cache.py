@@ -9,9 +9,10 @@ configuration (memory plans, the fingerprint in answers) stay whole.
 import copy
 from typing import Any
 
-import vllm_capmoe
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.settings import KEY, capacity_config
+from vllm_capmoe.version import own_version
 
 # Read within `torch.ops.capmoe.route`. What is not here, new options too, is in the key.
 NOT_IN_GRAPH = {
@@ -25,7 +26,7 @@ NOT_IN_GRAPH = {
     "scope",
 }
 # Without Expanded Drop a row is as wide as the model's top-k. The level says what candidates `auto`
-# are, where several tensor parallel ranks hold a token (`layers.placement`).
+# are, where several tensor parallel ranks hold a token (placement.py).
 OF_WIDE_ROWS = {"candidates", "expanded_experts", "level", "max_experts"}
 
 
@@ -50,7 +51,7 @@ def graph_settings(config: CapacityConfig) -> dict[str, Any]:
     general = config.variants[0]
     own = {entry.name: _of_layer(config.for_layer(entry.first)) for entry in config.layers}
     return {
-        "version": vllm_capmoe.__version__,
+        "version": own_version(),
         "general": _of_layer(general),
         "layers": {name: each for name, each in own.items() if each != _of_layer(general)},
     }
@@ -65,8 +66,6 @@ def _of_layer(config: CapacityConfig) -> dict[str, Any]:
 
 def _reduced(vllm_config: Any) -> Any:
     """The same configuration, for a key."""
-    from vllm_capmoe.integration.engine_args import KEY, capacity_config
-
     config = capacity_config(vllm_config.additional_config)
     if not config.enabled:
         return vllm_config

@@ -11,9 +11,9 @@ from typing import Any
 from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.integration import checks, compat, front_end, isolation
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.settings import KEY, PREFIX
+from vllm_capmoe.integration.settings import capacity_config as capacity_config
 
-KEY = "moe_capacity"
-PREFIX = "moe_capacity_"
 GROUP = "MoECapacityConfig"
 _DESCRIPTION = (
     "Capacity-aware Mixture-of-Experts inference (vllm-capmoe): bounds the load of every expert "
@@ -54,32 +54,6 @@ def refuse_modes(error: compat.IncompatibleVLLMError) -> None:
         return create_engine_config
 
     compat.apply(lambda: [Patch(EngineArgs, "create_engine_config", refuse, ("self",))])
-
-
-def capacity_config(additional_config: Any) -> CapacityConfig:
-    """The `CapacityConfig` in an `additional_config`; mode `off` where there is none.
-
-    Raises:
-        ValueError: what is there isn't a dict, or holds an unknown key or a bad value.
-    """
-    if not isinstance(additional_config, dict):
-        return CapacityConfig()
-    for key in additional_config:
-        plain = str(key).lower().replace("-", "_")
-        if key != KEY and (plain == KEY or plain.startswith(PREFIX)):
-            raise ValueError(
-                f"additional_config has the key {key!r}, but {KEY!r} is accepted, with a dict of "
-                'settings such as {"mode": "expanded", "factor": 1.5}.'
-            )
-    found = additional_config.get(KEY)
-    if found is None:
-        return CapacityConfig()
-    if not isinstance(found, dict):
-        raise ValueError(
-            f'additional_config["{KEY}"] is {found!r}, but a dict of settings is accepted, such as '
-            '{"mode": "expanded", "factor": 1.5}.'
-        )
-    return CapacityConfig.from_dict(found)
 
 
 def merge(additional_config: Any, given: dict[str, Any]) -> Any:

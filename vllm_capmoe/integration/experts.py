@@ -26,6 +26,7 @@ from vllm_capmoe.experts import PreparedExperts
 from vllm_capmoe.integration import checks
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.router import CapacityRouter
+from vllm_capmoe.integration.settings import current_config
 
 
 class CapacityExperts(mk.FusedMoEExpertsModular):
@@ -339,13 +340,10 @@ def _select(original: Function) -> Function:
     def select_unquantized_moe_backend(moe_config: FusedMoEConfig) -> Any:
         from vllm.config import get_current_vllm_config
 
-        from vllm_capmoe.integration.engine_args import capacity_config
-
-        vllm_config = get_current_vllm_config()
-        config = capacity_config(vllm_config.additional_config)
+        config = current_config()
         if not config.enabled:
             return original(moe_config)
-        backend = checks.resolve_backend(config, vllm_config)
+        backend = checks.resolve_backend(config, get_current_vllm_config())
         if backend == "vllm":
             return original(moe_config)
         # By the name of the backend vLLM decides how to lay out the weights: these leave them.

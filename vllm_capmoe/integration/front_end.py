@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_capmoe.integration import compat, metrics, proof
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.settings import capacity_config
 
 
 def patches() -> list[Patch]:
@@ -25,8 +26,6 @@ def patches() -> list[Patch]:
 
 def _prepare_first(original: Function) -> Function:
     def get_class(vllm_config: Any) -> Any:
-        from vllm_capmoe.integration.engine_args import capacity_config
-
         if capacity_config(vllm_config.additional_config).enabled:
             compat.apply(metrics.patches, proof.front_end_patches)
         return original(vllm_config)

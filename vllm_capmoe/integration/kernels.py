@@ -1,7 +1,7 @@
 """vLLM's own expert kernels under our routing (backend `vllm`): what a dropped assignment costs.
 
-`KERNELS` is the one table: phantom.py asks it who skips, layers are refused by it before weights
-are loaded, `patches` have vLLM choose by it, and docs/vllm_kernels.md is printed from it:
+`KERNELS` is the one table: phantom.py asks it who skips, layer_checks.py refuses layers by it,
+`patches` have vLLM choose by it, and docs/vllm_kernels.md is printed from it:
 
     python -m vllm_capmoe.integration.kernels > docs/vllm_kernels.md
 
@@ -9,12 +9,10 @@ It says how the code of vLLM 0.32 and 0.33 reads; none of it was run on a GPU ye
 """
 
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_capmoe.integration.compat import Function, Patch
-
-if TYPE_CHECKING:
-    from vllm_capmoe.config import CapacityConfig
+from vllm_capmoe.integration.settings import current_config
 
 
 class Dropped(Enum):
@@ -113,45 +111,24 @@ def dropped_by(kernel: type) -> Dropped:
     return KERNELS.get(kernel.__name__, (Dropped.WEIGHT_ZERO,))[0]
 
 
-def check_layer(config: "CapacityConfig", layer: Any) -> None:
-    """Refuse an MoE layer (`MoERunner`) that bypasses our router, or whose kernel can't serve.
-
-    Raises:
-        ValueError: with one sentence that names the layer, its router and its kernel.
-    """
-    from vllm_capmoe.integration.router import CapacityRouter
-
+def kernel_name(layer: Any) -> str:
+    """The class by which vLLM computes the experts of a layer (`MoERunner`)."""
     method = layer.routed_experts.quant_method
-    kernel = getattr(method, "experts_cls", None)  # some methods know it once weights are there
-    dropped = None if kernel is None else dropped_by(kernel)
-    refused = dropped is Dropped.REFUSED or (dropped is Dropped.REFUSED_IN_MODE and config.drops)
-    by_itself = method.moe_kernel is not None and layer.is_monolithic
-    if isinstance(layer.router, CapacityRouter) and not refused and not by_itself:
-        return
-    names = [type(part).__name__ for part in (layer.router, method)]
-    names += [] if kernel is None else [kernel.__name__]
-    raise ValueError(
-        f"{config.asked}, but layer {layer.layer_name} routes by itself, "
-        f"or needs what no mode serves ({', '.join(names)}): accepted are layers with vLLM's own "
-        "top-k routers and modular kernels, which --moe-backend may choose."
-    )
+    return type(method if method.moe_kernel is None else method.moe_kernel.fused_experts).__name__
 
 
 def patches() -> list[Patch]:
-    """What has vLLM choose a kernel that skips, and refuses others before weights are loaded.
+    """What has vLLM choose a kernel that skips.
 
     vllm...oracle.fp8, oracle.unquantized: `_get_priority_backends`, the order in which vLLM tries
         its kernels where neither --moe-backend nor the environment names one. They can go once
         vLLM has a registry of MoE kernels.
-    vllm...runner.moe_runner.MoERunner.__init__: a layer is complete but for its weights.
     """
     from vllm.model_executor.layers.fused_moe.oracle import fp8, unquantized
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     return [
         Patch(fp8, "_get_priority_backends", _skipping_first, ("moe_config",)),
         Patch(unquantized, "_get_priority_backends", _skipping_first, ("moe_config",)),
-        Patch(MoERunner, "__init__", _check_first, ("layer_name", "router", "routed_experts")),
     ]
 
 
@@ -159,30 +136,12 @@ def _skipping_first(original: Function) -> Function:
     def _get_priority_backends(*args: Any, **kwargs: Any) -> list[Any]:
         from vllm.platforms import current_platform
 
-        backends, config = list(original(*args, **kwargs)), _current_config()
+        backends, config = list(original(*args, **kwargs)), current_config()
         if config.drops and current_platform.is_cuda():
             backends.sort(key=lambda backend: backend.name not in PREFERRED)
         return backends
 
     return _get_priority_backends
-
-
-def _check_first(original: Function) -> Function:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        config = _current_config()
-        if config.enabled:
-            check_layer(config, self)
-
-    return __init__
-
-
-def _current_config() -> "CapacityConfig":
-    from vllm.config import get_current_vllm_config
-
-    from vllm_capmoe.integration.engine_args import capacity_config
-
-    return capacity_config(get_current_vllm_config().additional_config)
 
 
 def markdown() -> str:

@@ -23,6 +23,7 @@ from prometheus_client import Counter as PrometheusCounter
 from vllm.logger import init_logger
 
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.settings import capacity_config
 from vllm_capmoe.integration.stats import TABLE
 
 logger = init_logger("vllm.capmoe")
@@ -161,8 +162,6 @@ def _start(engine: Any) -> None:
     """Publish for an `AsyncLLM`, if a mode is on and vLLM itself keeps statistics of it."""
     import vllm.envs as envs
     from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    from vllm_capmoe.integration.engine_args import capacity_config
 
     client, vllm_config = engine.engine_core, engine.vllm_config
     enabled = capacity_config(vllm_config.additional_config).enabled

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_capmoe.integration.settings import KEY
+
 TURNS = 5, 24  # least and most, of every k0 that is timed, after one to warm up
 CHUNK = 32  # prompts of one call of the engine, after which the result is saved
 TOP = 8  # log-probabilities per prompt position, for KL divergences; the rest counts as one token
@@ -30,13 +32,11 @@ def engine_args(words: list[str], settings: dict[str, Any]) -> Any:
     Raises:
         SystemExit: argparse refused a word, and has said so.
     """
-    import vllm_capmoe
+    from vllm_capmoe.integration import register
 
-    vllm_capmoe.register()
+    register()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_capmoe.integration.engine_args import KEY
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-capmoe plan"))
     made = EngineArgs.from_cli_args(parser.parse_args(words))

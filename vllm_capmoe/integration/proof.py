@@ -12,9 +12,10 @@ import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import vllm_capmoe
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.settings import capacity_config
+from vllm_capmoe.version import own_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,7 +26,7 @@ Proof = dict[str, Any]
 
 def proof(config: CapacityConfig, layers: int) -> Proof:
     """What a worker is bound to. layers: how many of its MoE layers are asked for anything."""
-    return {"version": vllm_capmoe.__version__, "settings": config.to_dict(), "layers": layers}
+    return {"version": own_version(), "settings": config.to_dict(), "layers": layers}
 
 
 def core_patches() -> list[Patch]:
@@ -64,8 +65,6 @@ def check(vllm_config: "VllmConfig", proofs: Iterable[tuple[str, Proof | None]])
         ValueError: with one sentence that says which worker and why, or that the settings ask
             nothing of any MoE layer.
     """
-    from vllm_capmoe.integration.engine_args import capacity_config
-
     config = capacity_config(vllm_config.additional_config)
     mode, layers = f"{config.asked}, but", 0
     wanted = proof(config, 0)
@@ -114,8 +113,6 @@ def ask(executor: Any) -> list[tuple[str, Proof | None]]:
 
 
 def _is_on(vllm_config: "VllmConfig") -> bool:
-    from vllm_capmoe.integration.engine_args import capacity_config
-
     return capacity_config(vllm_config.additional_config).enabled
 
 

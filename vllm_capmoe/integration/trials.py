@@ -5,23 +5,16 @@ what a run with that setting does on the same step. Nothing here is meant for se
 waits for the host.
 """
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import CUDAGraphMode
 
-from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration.layers import layer_number, moe_layers
-from vllm_capmoe.plan import Plan, resolve
+from vllm_capmoe.plan import Plan
 from vllm_capmoe.ranking import MASS_BITS, choose_top_k, score_keys
 from vllm_capmoe.torch_routing import route_torch
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 UNIT = 2.0**-MASS_BITS  # of the gate mass that is counted
 
@@ -132,101 +125,3 @@ def _mass(scores_TE: Tensor, experts_TW: Tensor, counted_TW: Tensor) -> Tensor:
     """float64 [T]: the sum of S over a token's assignments that count."""
     mass_TW = scores_TE.double().gather(1, experts_TW.clamp(min=0))
     return mass_TW.nan_to_num(0.0).where(counted_TW, 0.0).sum(1)
-
-
-def moe_capacity_try(
-    vllm_config: "VllmConfig",
-    trials: dict[str, dict[str, Any]],
-    ep_size: int,
-    requests: Sequence[int] = (),
-) -> None:
-    """Try settings on every step from here on; none of them: stop, and forget what was counted.
-
-    trials: by name, what `CapacityConfig.from_dict` takes. ep_size: the ranks over which the
-    experts of a layer are spread in blocks, for what is counted by rank. requests: as for
-    `LayerTrials`.
-
-    Raises:
-        ValueError: ep_size doesn't divide the experts of a layer, or steps are replayed from CUDA
-            graphs, in which nothing reaches the host.
-    """
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    if trials and graphs not in (None, CUDAGraphMode.NONE):
-        raise ValueError(
-            f"trials need every step, but the CUDA graphs of cudagraph_mode {graphs.name} hide "
-            "them: --enforce-eager is accepted."
-        )
-    for layer in moe_layers(vllm_config):
-        router = layer.router
-        experts = router.num_logical_experts
-        if experts % ep_size:
-            raise ValueError(
-                f"--ep-size is {ep_size}, but it must divide the {experts} experts of layer "
-                f"{layer.layer_name}."
-            )
-        ranks = [expert // (experts // ep_size) for expert in range(experts)]
-        plans = {
-            name: resolve(
-                CapacityConfig.from_dict(config),
-                num_experts=experts,
-                top_k=router.top_k,
-                expert_device=ranks,
-                renormalize=router.renormalize,
-            )
-            for name, config in trials.items()
-        }
-        device = router.stats.counts.device
-        rank_E = torch.tensor(ranks, device=device)
-        router.trials = LayerTrials(plans, rank_E, requests) if plans else None
-
-
-def moe_capacity_tried(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
-    """What the trials have counted, layer by layer, as plain numbers.
-
-    The keys of a layer are the fields of `vllm_capmoe.planner.counts.Layer`.
-    """
-    found = []
-    for layer in moe_layers(vllm_config):
-        trials: LayerTrials = layer.router.trials
-        counts = {
-            kind: {name: dict(sums) for name, sums in by_trial.items()}
-            for kind, by_trial in trials.counts.items()
-        }
-        found.append(
-            {
-                "number": layer_number(layer.layer_name),
-                "experts": layer.router.num_logical_experts,
-                "top_k": layer.router.top_k,
-                "loads": trials.loads,
-                **counts,
-            }
-        )
-    return found
-
-
-def moe_capacity_keep(vllm_config: "VllmConfig", keep: int | str) -> None:
-    """Another `decode_keep` from the next step on, for measuring: in the plans of the layers, or in
-    the device tables that kernels and CUDA graphs read.
-
-    keep: k0 from 1 to k, or "auto".
-
-    Raises:
-        ValueError: keep is above k, or the engine wasn't started with decode-keep `auto`.
-    """
-    for layer in moe_layers(vllm_config):
-        router = layer.router
-        keeps = router.plan.keeps
-        wanted = CapacityConfig(decode_keep=keep).keeps(router.top_k) or (router.top_k,)
-        if len(keeps) < len(wanted):
-            raise ValueError(
-                "k0 can't be changed in an engine that was started with a fixed one: "
-                "--moe-capacity-decode-keep 'auto' is accepted."
-            )
-        values = wanted + wanted[-1:] * (len(keeps) - len(wanted))
-        if router.by_kernel:
-            from capmoe_kernels import _routing_launch
-
-            table = _routing_launch.keep_table(keeps, router.tokens.is_decode.device)
-            table.copy_(table.new_tensor(values))
-        else:
-            router.plan = dataclasses.replace(router.plan, keeps=values)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration import checks, compat, proof
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.settings import capacity_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,8 +30,6 @@ def patches() -> list[Patch]:
 
 def _activate_first(original: Function) -> Function:
     def __init__(self: Any, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
-        from vllm_capmoe.integration.engine_args import capacity_config
-
         original(self, vllm_config, *args, **kwargs)
         config = capacity_config(vllm_config.additional_config)
         if config.enabled:
@@ -42,12 +41,8 @@ def _activate_first(original: Function) -> Function:
 def activate(worker: Any, config: CapacityConfig) -> None:
     """Install the execution-path patches and give `worker` its extra methods.
 
-    The methods, all reached by `collective_rpc`: `moe_capacity_counters()` returns the counters of
-    every layer, `moe_capacity_totals()` their sums; `moe_capacity_record(on, rows)` starts or stops
-    keeping every step's routing; `moe_capacity_records()` returns what was kept;
-    `moe_capacity_try(trials, ep_size, requests)` tries settings on every step,
-    `moe_capacity_tried()` returns what they would do; `moe_capacity_keep(keep)` changes k0;
-    `moe_capacity_proof()` is asked before the first request, see `proof`.
+    The methods are those of rpc.py, and `moe_capacity_proof()`, which is asked before the first
+    request, see `proof`.
     """
     compat.check_version()
     checks.check_environment(config)
@@ -58,16 +53,22 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         custom_ops,
         experts,
         kernels,
+        layer_checks,
         layers,
         router,
+        rpc,
         step,
-        trials,
     )
 
     vllm_config = worker.vllm_config
     custom_ops.register()
     compat.apply(
-        router.patches, experts.patches, kernels.patches, step.patches, compile_cache.patches
+        router.patches,
+        experts.patches,
+        kernels.patches,
+        layer_checks.patches,
+        step.patches,
+        compile_cache.patches,
     )
 
     load_model = worker.load_model
@@ -84,13 +85,5 @@ def activate(worker: Any, config: CapacityConfig) -> None:
 
     worker.load_model = load_model_and_bind
     worker.moe_capacity_proof = moe_capacity_proof
-    for method in (
-        layers.moe_capacity_counters,
-        layers.moe_capacity_totals,
-        layers.moe_capacity_record,
-        layers.moe_capacity_records,
-        trials.moe_capacity_try,
-        trials.moe_capacity_tried,
-        trials.moe_capacity_keep,
-    ):
+    for method in rpc.METHODS:
         setattr(worker, method.__name__, functools.partial(method, vllm_config))

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import vllm_capmoe
 from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.planner import check, page, prompts, report, verdict
 from vllm_capmoe.planner.counts import Counts, Observation
 from vllm_capmoe.planner.grid import trials
 from vllm_capmoe.planner.results import read
+from vllm_capmoe.version import own_version
 
 ENGINE = "vllm_capmoe.integration.planner_engine"
 
@@ -216,7 +216,7 @@ def _inspect(words: list[str], ep_size: int | None) -> Inspected:
     """
     with _quiet():
         from vllm_capmoe.integration import compat, planner_engine
-        from vllm_capmoe.integration.engine_args import capacity_config
+        from vllm_capmoe.integration.settings import capacity_config
 
         settings = {"mode": "drop", "observe": True, "layers": {}}
         try:
@@ -242,7 +242,7 @@ def _inspect(words: list[str], ep_size: int | None) -> Inspected:
                 f"{option.flag} is given, but a plan finds it by itself: the other settings of the "
                 "plugin are accepted."
             )
-    versions = [vllm_capmoe.__version__, compat.vllm_version()]
+    versions = [own_version(), compat.vllm_version()]
     return Inspected(base, model.get_num_experts_per_tok(), ranks, engine_ranks, versions)
 
 
