@@ -1,6 +1,6 @@
 """The opponents of bench_moe_layer.py: the same layer, on the same inputs, by others.
 
-What each is, and what it is spared, is said there. A `Case` is the benchmark's.
+What each is, and what it is spared, is said there.
 """
 
 from __future__ import annotations
@@ -9,13 +9,55 @@ import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import _common as common
+
+from capmoe_kernels.contract import Plan, Seats
 
 if TYPE_CHECKING:
-    from bench_moe_layer import Case
+    import torch
+    from torch import Tensor
 
 OPPONENTS = ("loop", "grouped", "vllm")
+
+
+class Point(Protocol):
+    """The shape of a case, its tokens, and its name in messages."""
+
+    @property
+    def shape(self) -> common.Shape: ...
+    @property
+    def tokens(self) -> int: ...
+    def key(self) -> object: ...
+
+
+class Routed(Protocol):
+    """One routing: who holds what, with its seats."""
+
+    @property
+    def weights(self) -> Tensor: ...
+    @property
+    def experts(self) -> Tensor: ...
+    @property
+    def seats(self) -> Seats: ...
+
+
+class Case(Protocol):
+    """What an opponent takes: `sets` inputs that take turns, each routed already."""
+
+    plan: Plan
+    device: torch.device
+    sets: int
+    hidden: list[Tensor]
+    logits: list[Tensor]
+
+    @property
+    def point(self) -> Point: ...
+    @property
+    def routed(self) -> Sequence[Routed]: ...
+    def layer(self, r: int) -> common.Layer: ...
 
 
 class Sorted:
@@ -25,6 +67,7 @@ class Sorted:
         import torch
 
         seats, W = case.routed[r].seats, case.plan.width
+        assert seats.seat is not None, "seats of a routing say where each place is"
         ends = seats.offsets.tolist()
         held = ends[-1]
         pairs = enumerate(itertools.pairwise(ends))

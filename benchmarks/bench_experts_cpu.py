@@ -71,6 +71,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     """Gate and times for the thread count that this process was started with."""
     import torch
     import torch.nn.functional as F
+    from torch import Tensor
     from vllm._custom_ops import cpu_prepack_moe_weight
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -103,7 +104,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
             sys.exit("this CPU has no prepacked bfloat16 product: nothing to compare")
         prepared.append(ours_weights)
 
-    def stock(layer, x, weights, experts):
+    def stock(layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         out = torch.empty_like(x)
         stock_class.apply(
             stock_self,
@@ -124,13 +125,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
         )
         return out
 
-    def ours(layer, x, weights, experts):
+    def ours(layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return fused_experts_prepared(x, prepared[layer], weights, experts)
 
-    def plain(layer, x, weights, experts):
-        return fused_experts_torch(x, *raw[layer], weights, experts, activation="silu")
+    def plain(layer: int, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        w13, w2 = raw[layer]
+        return fused_experts_torch(x, w13, w2, weights, experts, activation="silu")
 
-    def loop(layer, x, weights, experts, dtype):
+    def loop(layer: int, x: Tensor, weights: Tensor, experts: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32)
         for e in range(E):
             token, place = (experts == e).nonzero(as_tuple=True)
@@ -140,7 +142,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
             out.index_add_(0, token, y * weights[token, place, None])
         return out.to(dtype).float()
 
-    def inputs(tokens, dropped=0.0):
+    def inputs(tokens: int, dropped: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.randn(tokens, H).bfloat16()
         weights, experts = torch.randn(tokens, E).softmax(-1).topk(K)
         experts = experts.int()

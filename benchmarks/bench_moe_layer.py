@@ -185,11 +185,12 @@ class Case:
             counters=torch.zeros(2 * shape.experts + len(TOTALS), dtype=torch.int64, device=device),
         )
         self.routed = [self.route(logits) for logits in self.logits]
-        sizes = workspace_sizes(
+        first, second = workspace_sizes(
             *(T, self.plan.width, shape.hidden, shape.intermediate, dtype),
             config(self.capacity),
         )
-        self.workspaces = tuple(torch.empty(n, device=device, dtype=dtype) for n in sizes)
+        empty = functools.partial(torch.empty, device=device, dtype=dtype)
+        self.workspaces = empty(first), empty(second)
         self.out = torch.empty(T, shape.hidden, device=device, dtype=dtype)
         self._fused_experts = fused_experts
         self.expected: Any = None  # all rows of set 0 as they should be, once asked for

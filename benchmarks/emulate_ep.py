@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import operator
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,8 +244,10 @@ class Emulation:
 
 
 def key_of(setting: Setting, variant: Variant) -> dict[str, Any]:
-    values = (setting.shape.name, setting.ranks, setting.tokens, setting.skew)
-    values += (variant.level, variant.mode, variant.gamma)
+    values = (
+        *(setting.shape.name, setting.ranks, setting.tokens, setting.skew),
+        *(variant.level, variant.mode, variant.gamma),
+    )
     return {name: common.text(value) for name, value in zip(KEY, values, strict=True)}
 
 
@@ -288,7 +291,9 @@ def goals(rows: list[dict[str, str]]) -> None:
         if ideal < paper:
             print(f"      {name}: {ours:.2f}; the ideal here is {ideal:.2f}, the paper has {paper}")
         else:
-            common.verdict(f"{name} >= the paper's {paper}", ours, lambda v, p=paper: v >= p, 1)
+            common.verdict(
+                f"{name} >= the paper's {paper}", ours, functools.partial(operator.le, paper), 1
+            )
 
 
 def plot(path: Path) -> None:
@@ -324,6 +329,7 @@ def main() -> None:
     ]
     deadline = common.Deadline(args.budget)
     status = 0
+    emulation: Emulation | None = None
     for setting in common.progress(settings, "ranks"):
         todo = [v for v in variants(args) if not table.has(key_of(setting, v))]
         if not todo or deadline.passed():
@@ -347,7 +353,7 @@ def main() -> None:
             status = 1
             if not common.goes_on(error, str(setting), device):
                 break
-        emulation = None
+        emulation = None  # its memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"{len(table.rows)} rows in {args.out}")

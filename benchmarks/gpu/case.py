@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import _common as common
@@ -20,6 +19,7 @@ from _timing import rotations
 from gpu.items import LIMIT_GAMMA, config_of
 
 from capmoe_kernels import experts as kernels
+from capmoe_kernels.contract import Seats
 from capmoe_kernels.routing import TOTALS, route_logits_triton, route_triton
 from vllm_capmoe.torch_routing import route_torch
 
@@ -41,6 +41,22 @@ class Call:
     config: Any = None
 
 
+@dataclass(frozen=True)
+class Point:
+    shape: common.Shape
+    tokens: int
+
+    def key(self) -> tuple[str, int]:
+        return self.shape.name, self.tokens
+
+
+@dataclass(frozen=True)
+class Routed:
+    weights: torch.Tensor
+    experts: torch.Tensor
+    seats: Seats
+
+
 class Case:
     """T tokens of one shape, with R sets of inputs that take turns.
 
@@ -56,7 +72,7 @@ class Case:
         no_vllm: str,
     ) -> None:
         self.shape, self.layers, self.device, self.no_vllm = shape, layers, device, no_vllm
-        self.point = SimpleNamespace(shape=shape, tokens=tokens, key=lambda: (shape.name, tokens))
+        self.point = Point(shape, tokens)
         self.plan = common.make_plan(shape, "off", float("inf"))
         dtype = layers[0].w13.dtype
         busy = min(shape.experts, tokens * shape.top_k)
@@ -78,13 +94,13 @@ class Case:
     def layer(self, r: int) -> common.Layer:
         return self.layers[r % len(self.layers)]
 
-    def _routed(self, r: int) -> Any:
+    def _routed(self, r: int) -> Routed:
         picked = route_torch(self.logits[r].float().softmax(-1), self.plan)
         order, offsets, seat = gates.seats_of(picked.experts, self.shape.experts)
-        return SimpleNamespace(
+        return Routed(
             weights=picked.weights.contiguous(),
             experts=picked.experts.int().contiguous(),
-            seats=SimpleNamespace(order=order, offsets=offsets, seat=seat),
+            seats=Seats(order=order, offsets=offsets, seat=seat),
         )
 
     @functools.cached_property
@@ -117,10 +133,10 @@ class Case:
     def _experts(self, choice: str) -> Call:
         shape, T = self.shape, self.point.tokens
         config = config_of(shape, T, kernels.chip_of(self.device)[0], choice)
-        sizes = kernels.workspace_sizes(
+        first, second = kernels.workspace_sizes(
             *(T, shape.top_k, shape.hidden, shape.intermediate, self.out.dtype, config)
         )
-        spaces = tuple(self.out.new_empty(size) for size in sizes)
+        spaces = self.out.new_empty(first), self.out.new_empty(second)
 
         def run(r: int, routed: Any = None) -> torch.Tensor:
             routed = self.routed[r] if routed is None else routed
@@ -194,7 +210,7 @@ class Case:
             raise Missing(problem)
         if who == "grouped" and self.device.type != "cuda":
             raise Missing("torch._grouped_mm is measured on a GPU only")
-        sets = [_opponents.Sorted(self, r) for r in range(self.sets)]  # type: ignore[arg-type]
+        sets = [_opponents.Sorted(self, r) for r in range(self.sets)]
         contender = _opponents.loop if who == "loop" else _opponents.grouped
         run = functools.partial(contender, self, sets)
         return Call(run, lambda: gates.gate_experts(who, run(0), self.expected), lambda out: [out])
@@ -202,7 +218,7 @@ class Case:
     def _vllm(self, part: str) -> Call:
         if self.no_vllm:
             raise Missing(self.no_vllm)
-        vllm = _opponents.Vllm(self)  # type: ignore[arg-type]
+        vllm = _opponents.Vllm(self)
 
         def gate_topk() -> tuple[torch.Tensor, torch.Tensor]:
             weights, ids = vllm.topk(0)

@@ -57,11 +57,11 @@ def injected(kind: str | None) -> Iterator[None]:
     if kind is None:
         yield
         return
-    from capmoe_kernels import experts
+    from capmoe_kernels import _gemm_kernels as kernels
 
-    real = experts.kernels.down_kernel
-    experts.kernels.down_kernel = _Faulty(real, kind)
+    real = kernels.down_kernel
+    kernels.down_kernel = _Faulty(real, kind)
     try:
         yield
     finally:
-        experts.kernels.down_kernel = real
+        kernels.down_kernel = real

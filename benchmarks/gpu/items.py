@@ -89,7 +89,7 @@ class Grid:
 
     def compiled(self, items: list[Item]) -> list[Item]:
         """What has to be compiled for `items`, once each and in their order."""
-        found = {}
+        found: dict[Item, None] = {}
         for item in items:
             part = "routing" if item.part == "layer" else item.part
             choice = item.who if item.step == "ab" else "ours"

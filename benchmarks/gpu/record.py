@@ -77,7 +77,9 @@ class Record:
 
         A compilation that only failed is no such row: the smoke test says what comes of it.
         """
-        earlier = [("compile", item.who if item.step == "ab" else "ours", ENDS)]
+        earlier: list[tuple[str, str, tuple[str, ...]]] = [
+            ("compile", item.who if item.step == "ab" else "ours", ENDS)
+        ]
         if item.step in ("time", "ab"):
             earlier.append(("smoke", "ours", (*BAD, "left-out")))
         parts = ("experts", "routing") if item.part == "layer" else (item.part,)

@@ -99,32 +99,32 @@ def goals(rows: Rows) -> list[str]:
 
     faster, geo = over(vllm_layer, layer), common.geomean
     text = "vLLM's layer over ours, dropless, routing included"
+    bf16, copy = "share of the bf16 roof, Mixtral, T = 8192", "share of the copy roof"
+    routing = "vLLM's top-k and alignment over our routing"
     coarse, fine = ([p for p in few if (p[0] in FINE) == is_fine] for is_fine in (False, True))
     return [
         judge(rows, f"{text}, T >= 1024, geomean >= 1.3", "layer", large, faster, 1.3, geo),
         judge(rows, f"{text}, any T, min >= 1.0", "layer", everywhere, faster, 1.0),
+        judge(rows, f"{bf16}, >= 0.80", "experts", last[:1], share("tflops"), 0.80),
         judge(
-            *(rows, "share of the bf16 roof, Mixtral, T = 8192, >= 0.80", "experts", last[:1]),
-            *(share("tflops"), 0.80),
+            rows, f"{copy}, Mixtral, T <= 16, min >= 0.88", "experts", coarse, share("gbps"), 0.88
         ),
         judge(
-            *(rows, "share of the copy roof, Mixtral, T <= 16, min >= 0.88", "experts", coarse),
-            *(share("gbps"), 0.88),
+            rows,
+            f"{copy}, fine experts, T <= 16, min >= 0.80",
+            "experts",
+            fine,
+            share("gbps"),
+            0.80,
         ),
+        judge(rows, f"{routing}, T = 8192, min >= 1.0", "routing", last, over(vllm, ours), 1.0),
         judge(
-            *(rows, "share of the copy roof, fine experts, T <= 16, min >= 0.80", "experts", fine),
-            *(share("gbps"), 0.80),
-        ),
-        judge(
-            *(rows, "vLLM's top-k and alignment over our routing, T = 8192, min >= 1.0"),
-            *("routing", last, over(vllm, ours), 1.0),
-        ),
-        judge(
-            *(
-                rows,
-                "vLLM's top-k and alignment over our routing with a limit, T = 8192, min >= 0.833",
-            ),
-            *("limit", last, over(vllm, limit), 1 / 1.2),
+            rows,
+            f"{routing} with a limit, T = 8192, min >= 0.833",
+            "limit",
+            last,
+            over(vllm, limit),
+            1 / 1.2,
         ),
     ]
 

@@ -20,7 +20,8 @@ class Told:
     """The pytest plugin."""
 
     def __init__(self, options: dict[str, Any], answers: Any) -> None:
-        self.options, self.answers, self.results = options, answers, {}
+        self.options, self.answers = options, answers
+        self.results: dict[str, Any] = {}  # by test: status, milliseconds, why
 
     def tell(self, **values: Any) -> None:
         print(json.dumps(values), file=self.answers)

@@ -17,9 +17,12 @@ import os
 import signal
 import sys
 import traceback
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import _common as common
+
+if TYPE_CHECKING:
+    from gpu.case import Case
 
 REPEATS = 20
 GRAPH_TOKENS = 1024  # up to here the host would be slower than the device
@@ -49,11 +52,13 @@ class Worker:
         import torch
 
         self.options = options
+        self.shape = ""
+        self.layers: list[common.Layer] = []
+        self.case: Case | None = None
         self.device = torch.device("cpu" if options["interpret"] else "cuda")
-        self.shape, self.layers, self.case = "", [], None
         self.no_vllm = import_vllm() if options["vllm"] else "vLLM's kernels need a GPU"
 
-    def case_of(self, shape: common.Shape, tokens: int) -> Any:
+    def case_of(self, shape: common.Shape, tokens: int) -> Case:
         import torch
         from gpu.case import Case
 

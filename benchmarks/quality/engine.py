@@ -49,7 +49,7 @@ class Loads:
         after = torch.zeros(T, E + 1).scatter_(1, experts.long() % (E + 1), 1.0)[:, :E]
         load_before, load_after = before.sum(0), after.sum(0)
         refused = before * (1 - after)
-        for name, value in {
+        counted: dict[str, Tensor | float] = {
             "chosen": before.sum(),
             "held": after.sum(),
             "dropped": refused.sum(),
@@ -60,7 +60,8 @@ class Loads:
             "mean": load_before.mean(),
             "active": (load_after > 0).sum(),
             "calls": 1.0,
-        }.items():
+        }
+        for name, value in counted.items():
             setattr(self, name, getattr(self, name) + float(value))
 
 
