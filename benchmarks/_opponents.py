@@ -41,7 +41,7 @@ class Routed(Protocol):
     @property
     def experts(self) -> Tensor: ...
     @property
-    def seats(self) -> Seats: ...
+    def seats(self) -> Seats | None: ...
 
 
 class Case(Protocol):
@@ -67,7 +67,7 @@ class Sorted:
         import torch
 
         seats, W = case.routed[r].seats, case.plan.width
-        assert seats.seat is not None, "seats of a routing say where each place is"
+        assert seats is not None and seats.seat is not None, "those of a routing say both"
         ends = seats.offsets.tolist()
         held = ends[-1]
         pairs = enumerate(itertools.pairwise(ends))

@@ -136,7 +136,7 @@ class Case:
 
         from capmoe_kernels.experts import chip_of, fused_experts, workspace_sizes
         from capmoe_kernels.launch import choose_config
-        from capmoe_kernels.routing import TOTALS, route_logits_triton
+        from capmoe_kernels.routing import TOTALS, route_triton
 
         self.point, self.layers, self.device, self.dtype = point, layers, device, dtype
         shape, T = point.shape, point.tokens
@@ -177,7 +177,7 @@ class Case:
         ]
         none = torch.zeros(T, dtype=torch.bool, device=device)
         self.route = functools.partial(  # as the engine's router calls it
-            route_logits_triton,
+            route_triton,
             plan=self.plan,
             scoring="softmax",
             is_padding_T=none,

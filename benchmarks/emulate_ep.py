@@ -138,7 +138,7 @@ class Emulation:
         """The routing of one rank's tokens, by the call that the engine makes there."""
         import torch
 
-        from capmoe_kernels.routing import TOTALS, route_logits_triton
+        from capmoe_kernels.routing import TOTALS, route_triton
 
         count, device = self.setting.tokens, self.logits.device
         none = torch.zeros(count, dtype=torch.bool, device=device)
@@ -156,7 +156,7 @@ class Emulation:
                 "device_E": self.device_E,
                 "token_device_T": self.owner_T[:count],
             }
-        call = functools.partial(route_logits_triton, self.logits[:count], plan, **given)
+        call = functools.partial(route_triton, self.logits[:count], plan, **given)
         return self.time([call], True)
 
     def most_rows(self, routed: Any, variant: Variant) -> int | None:

@@ -151,7 +151,7 @@ class Tuner:
         from _timing import rotations
 
         from capmoe_kernels import experts
-        from capmoe_kernels.routing import route_logits_triton
+        from capmoe_kernels.routing import route_triton
 
         self.shape, self.tokens, self.layers, self.args, self.device = (
             *(shape, tokens, layers, args, device),
@@ -167,7 +167,7 @@ class Tuner:
         ]
         self.routed = {
             skew: [
-                route_logits_triton(
+                route_triton(
                     common.router_logits(tokens, shape, skew, device, self.dtype, seed=r),
                     plan,
                     scoring="softmax",
@@ -204,6 +204,7 @@ class Tuner:
     def part(self, product: str, config: Any, skew: float, r: int) -> None:
         """One launch: gate_up, down, or combine of an ExpertsConfig."""
         layer, routed = self.layers[r % len(self.layers)], self.routed[skew][r]
+        assert routed.seats is not None
         shared = (None, routed.weights, routed.seats)
         if product == "gate_up":
             self.lib.launch_gate_up(

@@ -7,15 +7,15 @@ The plugin calls the same core, `vllm_capmoe.torch_routing.route_torch`, with a 
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from capmoe_kernels.contract import NO_LIMIT, Plan, Selection
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.plan import Plan, resolve
-from vllm_capmoe.torch_routing import NO_LIMIT, Selection, route_torch
+from vllm_capmoe.plan import resolve
+from vllm_capmoe.torch_routing import route_torch
 
 __all__ = ["NO_LIMIT", "Routing", "route"]
 
@@ -285,13 +285,13 @@ def _core(backend: str, scores: Tensor) -> Callable[..., Selection]:
     if backend != "triton":
         return route_torch
     try:
-        core: Callable[..., Selection] = import_module("capmoe_kernels.routing").route_triton
-    except (ImportError, AttributeError) as error:
+        from capmoe_kernels.routing import route_triton
+    except ImportError as error:
         raise ValueError(
             f"backend is 'triton', but its routing kernel can't be imported ({error}); the others "
             "are auto and torch."
         ) from error
-    return core
+    return route_triton
 
 
 # --- Checks: each raises ValueError with the argument, what came, and what is accepted ----------

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from capmoe_kernels.capacity import capacity_table
-from capmoe_kernels.contract import NO_LIMIT, Plan
+from capmoe_kernels.contract import NO_LIMIT, Plan, Selection
 from vllm_capmoe.limits import below_the_busiest, count, group_limits
 from vllm_capmoe.ranking import (
     best_first,
@@ -55,46 +55,7 @@ from vllm_capmoe.ranking import (
 )
 from vllm_capmoe.sharing import share_experts
 
-__all__ = ["NO_LIMIT", "Plan", "Selection", "route_torch"]
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Who holds which expert. All fields are tensors on the device of the scores.
-
-    experts: int32 [T, W], by descending score, ties to the lower expert; -1 where unused.
-    weights: float32 [T, W]; 0 where unused.
-    load_before: int32 [E], the top-k assignments of the real tokens.
-    load_after: int32 [E], the assignments that are held.
-    capacity: int32 [G, X]; NO_LIMIT where none is in effect.
-    kept: int64 [], the top-k assignments that are held; of decode tokens, what decode keep gave
-        them in the place of their top-k.
-    left_without: int64 [], the real tokens that hold no expert.
-    mass, lost: int64 [], gate mass in fixed point (`ranking.fixed_point`), added up over the top-k
-        assignments of the real tokens, and over those of them that are not held.
-    prompts: int64 [], the real tokens that are not decode.
-    """
-
-    experts: Tensor
-    weights: Tensor
-    load_before: Tensor
-    load_after: Tensor
-    capacity: Tensor
-    kept: Tensor
-    left_without: Tensor
-    mass: Tensor
-    lost: Tensor
-    prompts: Tensor
-
-    @property
-    def dropped(self) -> Tensor:
-        """int64 []: top-k assignments of real tokens that are not held."""
-        return self.load_before.sum() - self.kept
-
-    @property
-    def expanded(self) -> Tensor:
-        """int64 []: held assignments outside of the token's top-k."""
-        return self.load_after.sum() - self.kept
+__all__ = ["route_torch"]
 
 
 # --- Candidates -----------------------------------------------------------------------------

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capmoe_kernels.contract import NO_LIMIT, Plan
+from capmoe_kernels.contract import NO_LIMIT, Plan, Selection
 from vllm_capmoe.ranking import MASS_BITS, MOST_MASS, NAN_KEY, expert_bits
-from vllm_capmoe.torch_routing import Selection
 
 Array = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -130,14 +129,18 @@ def route_unlimited(
     experts_TW = np.full((T, plan.width), -1, np.int32)
     weights_TW[real_T, :k], experts_TW[real_T, :k] = held.weights_TK, held.held_TK
     counts = count_steps([held], plan.num_experts)
-    loads = {name: counts.pop(name)[0].astype(np.int32) for name in ("load_before", "load_after")}
     groups = num_requests if plan.scope == "request" else 1
     return Selection(
         experts=torch.from_numpy(experts_TW),
         weights=torch.from_numpy(weights_TW),
         capacity=torch.full((groups, len(plan.bin_sizes)), NO_LIMIT, dtype=torch.int32),
-        **{name: torch.from_numpy(load_E) for name, load_E in loads.items()},
-        **{name: torch.tensor(int(number_S[0])) for name, number_S in counts.items()},
+        load_before=torch.from_numpy(counts["load_before"][0].astype(np.int32)),
+        load_after=torch.from_numpy(counts["load_after"][0].astype(np.int32)),
+        kept=torch.tensor(int(counts["kept"][0])),
+        left_without=torch.tensor(int(counts["left_without"][0])),
+        mass=torch.tensor(int(counts["mass"][0])),
+        lost=torch.tensor(int(counts["lost"][0])),
+        prompts=torch.tensor(int(counts["prompts"][0])),
     )
 
 

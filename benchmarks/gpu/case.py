@@ -20,7 +20,7 @@ from gpu.items import LIMIT_GAMMA, config_of
 
 from capmoe_kernels import experts as kernels
 from capmoe_kernels.contract import Seats
-from capmoe_kernels.routing import TOTALS, route_logits_triton, route_triton
+from capmoe_kernels.routing import TOTALS, route_triton
 from vllm_capmoe.torch_routing import route_torch
 
 
@@ -159,7 +159,7 @@ class Case:
 
     def _route(self, plan: Any, r: int) -> Any:
         """As the engine's router calls it."""
-        return route_logits_triton(
+        return route_triton(
             self.logits[r],
             plan,
             scoring="softmax",

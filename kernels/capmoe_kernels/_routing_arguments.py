@@ -1,18 +1,30 @@
 """Tensors and options as the routing kernels take them. Host only."""
 
-import contextlib
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from capmoe_kernels.launch import ceil_div
 
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+Routes = Callable[Concatenate[Tensor, Rest], Result]
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device: make it the tensor's."""
-    if getattr(tensor, "is_cuda", False):
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+
+def on_device_of_scores(function: Routes[Rest, Result]) -> Routes[Rest, Result]:
+    """Launches go to the current device: make it that of the first argument, meanwhile."""
+
+    @functools.wraps(function)
+    def on_device(scores_TE: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        if not getattr(scores_TE, "is_cuda", False):
+            return function(scores_TE, *args, **kwargs)
+        with torch.cuda.device(scores_TE.device):
+            return function(scores_TE, *args, **kwargs)
+
+    return on_device
 
 
 def ints(device: torch.device, *shape: int) -> Tensor:

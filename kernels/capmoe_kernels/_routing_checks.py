@@ -17,21 +17,21 @@ _TABLE_LIMIT = 2**31
 _BINS_LIMIT = 2**29  # of groups * bins: a tag is 4 * group + 3 in 31 bits
 
 
-def check_scores(name: str, scores_TE: Tensor, plan: Plan, interpreted: bool) -> None:
+def check_scores(scores_TE: Tensor, plan: Plan, interpreted: bool) -> None:
     if not isinstance(scores_TE, Tensor):
-        raise ValueError(f"{name} is a {type(scores_TE).__name__}, but it must be a tensor.")
+        raise ValueError(f"scores_TE is a {type(scores_TE).__name__}, but it must be a tensor.")
     E = plan.num_experts
     if scores_TE.dim() != 2 or scores_TE.shape[1] != E:
         raise ValueError(
-            f"{name} has the shape {list(scores_TE.shape)}, but it must be [T, {E}], for the "
+            f"scores_TE has the shape {list(scores_TE.shape)}, but it must be [T, {E}], for the "
             f"{E} experts of plan."
         )
     if scores_TE.dtype not in _FLOATS:
         names = ", ".join(str(dtype) for dtype in _FLOATS)
-        raise ValueError(f"{name} is {scores_TE.dtype}, but it must be one of {names}.")
+        raise ValueError(f"scores_TE is {scores_TE.dtype}, but it must be one of {names}.")
     if not scores_TE.is_cuda and not interpreted:
         raise ValueError(
-            f"{name} is on {scores_TE.device}, but it must be on a CUDA device (or on the CPU "
+            f"scores_TE is on {scores_TE.device}, but it must be on a CUDA device (or on the CPU "
             "under Triton's interpreter, TRITON_INTERPRET=1)."
         )
 

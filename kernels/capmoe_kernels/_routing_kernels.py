@@ -304,7 +304,7 @@ def pack_kernel(
     weights_ptr,  # float32 [T, W], written
     counts_ptr,  # int32 [blocks, E], written: loads of this block of rows
     load_after_ptr,  # int32 [E], zeros
-    totals_ptr,  # int64 [5], added to: kept, left_without, mass, lost, prompts (RoutedSelection)
+    totals_ptr,  # int64 [5], added to: kept, left_without, mass, lost, prompts (Selection)
     T,
     G,
     start,
@@ -412,7 +412,10 @@ def add_at(pointer, value):
 
 @triton.jit
 def count_step(counters_ptr, before, after, totals_ptr, E: tl.constexpr, EP: tl.constexpr):
-    """Add a step to the counters of `routing.route_triton`: loads int32 [EP], int64 [5] totals."""
+    """Add a step to the counters of `routing.route_triton`, in the order of `contract.COUNTERS`.
+
+    before, after: loads int32 [EP]. totals_ptr: int64 [5], of pack_kernel.
+    """
     e = tl.arange(0, EP)
     for row in tl.static_range(2):
         at = counters_ptr + row * E + e

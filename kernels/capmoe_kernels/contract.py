@@ -1,22 +1,37 @@
 """What the routing is told and what it hands on, for the kernels and for plain torch alike.
 
 Letters: T tokens, E experts, k per token, m extra candidates, W places per token, C capacity,
-D devices. Loads the standard library only.
+D devices, G groups (1, or one per request), X = 1, or D at level device. Loads the standard library
+only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NO_LIMIT", "Plan", "Seats", "fmix32"]
+__all__ = [
+    "COUNTERS",
+    "NO_LIMIT",
+    "SCORINGS",
+    "TOTALS",
+    "Plan",
+    "Seats",
+    "Selection",
+    "Step",
+    "fmix32",
+]
 
 NO_LIMIT = 2**31 - 1
 """The capacity of a group in which no limit is in effect: every load is below it."""
+
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+"""How scores are made of router logits; the last is the square root of log(1 + exp(x))."""
 
 Numbers = TypeVar("Numbers", int, "Tensor")
 
@@ -89,6 +104,18 @@ class Plan:
         return self.num_experts if self.level == "expert" else len(self.bin_sizes)
 
 
+class Step(TypedDict):
+    """What is known of the rows of a step, as `route_torch` and `route_triton` take it and say."""
+
+    is_padding_T: Tensor | None
+    is_decode_T: Tensor | None
+    request_T: Tensor | None
+    num_requests: int
+    device_E: Tensor | None
+    token_device_T: Tensor | None
+    seed: int
+
+
 @dataclass(frozen=True, eq=False)
 class Seats:
     """The held assignments, expert by expert: what a grouped product needs, without alignment.
@@ -110,3 +137,77 @@ class Seats:
     order: Tensor
     offsets: Tensor
     seat: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Who holds which expert. All fields are tensors on the device of the scores.
+
+    experts: int32 [T, W], by descending score, ties to the lower expert; -1 where unused.
+    weights: float32 [T, W]; 0 where unused.
+    load_before: int32 [E], the top-k assignments of the real tokens.
+    load_after: int32 [E], the assignments that are held.
+    capacity: int32 [G, X]; NO_LIMIT where none is in effect.
+    kept: int64 [], the top-k assignments that are held; of decode tokens, what decode keep gave
+        them in the place of their top-k.
+    left_without: int64 [], the real tokens that hold no expert.
+    mass, lost: int64 [], gate mass in units of 2^-20 (S of an assignment rounded down, from 0 to
+        1024), added up over the top-k assignments of the real tokens, and over those of them that
+        are not held.
+    prompts: int64 [], the real tokens that are not decode.
+    seats: the held assignments by expert, which the kernels hand out; None of plain torch.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    load_before: Tensor
+    load_after: Tensor
+    capacity: Tensor
+    kept: Tensor
+    left_without: Tensor
+    mass: Tensor
+    lost: Tensor
+    prompts: Tensor
+    seats: Seats | None = None
+
+    @property
+    def dropped(self) -> Tensor:
+        """int64 []: top-k assignments of real tokens that are not held."""
+        return self.load_before.sum() - self.kept
+
+    @property
+    def expanded(self) -> Tensor:
+        """int64 []: held assignments outside of the token's top-k."""
+        return self.load_after.sum() - self.kept
+
+
+def _active(step: str, when: str) -> Callable[[Any], Any]:
+    """Experts with a load. step: "prompt", steps with a prompt token, or "decode", the others."""
+
+    def count(s: Any) -> Any:
+        loads_E = s.load_before if when == "before" else s.load_after
+        return (loads_E > 0).sum(-1) * ((s.prompts > 0) == (step == "prompt"))
+
+    return count
+
+
+COUNTERS: dict[str, Callable[[Any], Any]] = {
+    "steps": lambda s: s.load_before.max(-1) > 0,  # a dummy step has no tokens
+    "dropped": lambda s: s.dropped,
+    "expanded": lambda s: s.expanded,
+    "left_without": lambda s: s.left_without,
+    "max_before": lambda s: s.load_before.max(-1),
+    "max_after": lambda s: s.load_after.max(-1),
+    "mass": lambda s: s.mass,
+    "lost": lambda s: s.lost,
+    "prompt_steps": lambda s: s.prompts > 0,
+    "prompt_active_before": _active("prompt", "before"),
+    "prompt_active_after": _active("prompt", "after"),
+    "decode_active_before": _active("decode", "before"),
+    "decode_active_after": _active("decode", "after"),
+}
+"""What a step adds to each counter of a layer, beside the loads: an integer or bool, of a
+`Selection` of numpy arrays, which may have an axis of steps before their own. The routing kernel
+counts them by itself, in this order (`_routing_kernels.count_step`).
+"""
+TOTALS = tuple(COUNTERS)

@@ -1,7 +1,4 @@
-"""Capacity-aware routing by Triton kernels: the public functions.
-
-    route_triton         scores (and the model's top-k, if it isn't the plain one) -> who holds what
-    route_logits_triton  router logits -> the same, with the scores inside
+"""Capacity-aware routing by Triton kernels: `route_triton`, from scores or router logits.
 
 Letters: T tokens (rows), E experts, k per token, m extra candidates, W places per token
 (W = k, or what Expanded Drop allows), G groups (1, or one per request), D devices, X = 1 or D.
@@ -30,7 +27,7 @@ from capmoe_kernels._routing_arguments import (
     ids,
     ints,
     mask,
-    on_device_of,
+    on_device_of_scores,
     options,
     rows,
     up_to_four,
@@ -47,9 +44,8 @@ from capmoe_kernels._routing_launch import (
     launch_config,
     power_of_two,
 )
-from capmoe_kernels._routing_selection import RoutedSelection
 from capmoe_kernels.capacity import capacity_table
-from capmoe_kernels.contract import NO_LIMIT, Plan, Seats
+from capmoe_kernels.contract import NO_LIMIT, SCORINGS, TOTALS, Plan, Seats, Selection
 from capmoe_kernels.launch import ceil_div
 
 __all__ = [
@@ -58,30 +54,22 @@ __all__ = [
     "SCORINGS",
     "Plan",
     "TOTALS",
-    "RoutedSelection",
     "Seats",
+    "Selection",
     "prepare_limits",
-    "route_logits_triton",
     "route_triton",
 ]
 
 INTERPRETED = not isinstance(_routing_kernels.choose_kernel, triton.JITFunction)
 """Whether the kernels run under Triton's interpreter, which was decided at their import."""
 
-SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
-TOTALS = (
-    *("steps", "dropped", "expanded", "left_without", "max_before", "max_after", "mass", "lost"),
-    *("prompt_steps", "prompt_active_before", "prompt_active_after"),
-    *("decode_active_before", "decode_active_after"),
-)
-"""What the last entries of `counters` add up, see `route_triton`."""
-
-
+@on_device_of_scores
 def route_triton(
     scores_TE: Tensor,
     plan: Plan,
     *,
+    scoring: str | None = None,
     topk_TK: Tensor | None = None,
     is_padding_T: Tensor | None = None,
     is_decode_T: Tensor | None = None,
@@ -92,10 +80,14 @@ def route_triton(
     token_device_T: Tensor | None = None,
     seed: int = 0,
     counters: Tensor | None = None,
-) -> RoutedSelection:
+) -> Selection:
     """Decode keep, then Token Drop, Expanded Drop or reroute, as `route_torch` does them.
 
-    scores_TE: float [T, E], compared as float32. plan: resolved for E and k.
+    scores_TE: float [T, E], compared as float32; with `scoring`, router logits. plan: resolved for
+        E and k.
+    scoring: how scores are made of router logits, a name of `SCORINGS`: in float32, divisions as
+        IEEE has them. They may differ from torch's in the last bits, so that a near tie may go the
+        other way; given the scores of this function all integers are those of `route_torch`.
     topk_TK: int [T, k], the model's own choice, in [0, E) and distinct in the rows of real
         tokens; ids out of range are moved to the nearest expert.
     is_padding_T, is_decode_T, is_image_T: bool [T] or None. is_image_T is used if the plan has a
@@ -106,116 +98,18 @@ def route_triton(
     device_E, token_device_T: int [E] and [T], used at level device and for local candidates.
     seed: for metric random.
     counters: int64 [2 * E + len(TOTALS)] or None; the step is added to it: its loads before, its
-        loads after, then `TOTALS`: 1 if it has a real token, dropped, expanded, left_without, the
-        largest load before and after, mass, lost, 1 if it has a prompt token; the experts with a
-        load before and after, if it has a prompt token, and the same two if it has none.
+        loads after, then what `contract.COUNTERS` says.
 
     Time is linear in T * E * (k + m). All integers equal those of `route_torch`; so do the bits of
     the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
     any launch; values of tensors are not checked, and none makes a kernel leave its tensors.
     """
-    with on_device_of(scores_TE):
-        return _route(
-            "scores_TE",
-            scores_TE,
-            "none",
-            plan,
-            topk_TK=topk_TK,
-            is_padding_T=is_padding_T,
-            is_decode_T=is_decode_T,
-            request_T=request_T,
-            num_requests=num_requests,
-            is_image_T=is_image_T,
-            device_E=device_E,
-            token_device_T=token_device_T,
-            seed=seed,
-            counters=counters,
-        )
-
-
-def route_logits_triton(
-    logits_TE: Tensor,
-    plan: Plan,
-    *,
-    scoring: str,
-    topk_TK: Tensor | None = None,
-    is_padding_T: Tensor | None = None,
-    is_decode_T: Tensor | None = None,
-    request_T: Tensor | None = None,
-    num_requests: int = 1,
-    is_image_T: Tensor | None = None,
-    device_E: Tensor | None = None,
-    token_device_T: Tensor | None = None,
-    seed: int = 0,
-    counters: Tensor | None = None,
-) -> RoutedSelection:
-    """`route_triton` of the scores of router logits, which it computes itself.
-
-    scoring: "softmax" over the experts, "sigmoid", or "sqrtsoftplus", the square root of
-        log(1 + exp(x)); in float32, divisions as IEEE has them. Its scores may differ from torch's
-        in the last bits, so that a near tie may go the other way; given the scores of this
-        function all integers are those of `route_torch`.
-
-    The rest as `route_triton`.
-    """
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring is {scoring!r}, but it must be one of {', '.join(SCORINGS)}.")
-    with on_device_of(logits_TE):
-        return _route(
-            "logits_TE",
-            logits_TE,
-            scoring,
-            plan,
-            topk_TK=topk_TK,
-            is_padding_T=is_padding_T,
-            is_decode_T=is_decode_T,
-            request_T=request_T,
-            num_requests=num_requests,
-            is_image_T=is_image_T,
-            device_E=device_E,
-            token_device_T=token_device_T,
-            seed=seed,
-            counters=counters,
-        )
-
-
-def prepare_limits(plan: Plan, max_tokens: int, device: torch.device) -> None:
-    """Build the tables of limits for all steps of up to max_tokens tokens, once per plan, and that
-    of decode keep.
-
-    A call builds what it needs by itself, but copies it to the device, which the capture of a CUDA
-    graph doesn't allow.
-    """
-    if plan.keeps:
-        keep_table(plan.keeps, device)
-    if plan.mode == "off" or plan.gamma is None:
-        return
-    for power in range(max(max_tokens, 1).bit_length() + 1):
-        capacity_table(plan, 1 << power >> 1, device)
-
-
-def _route(
-    name: str,
-    scores_TE: Tensor,
-    scoring: str,
-    plan: Plan,
-    *,
-    topk_TK: Tensor | None,
-    is_padding_T: Tensor | None,
-    is_decode_T: Tensor | None,
-    request_T: Tensor | None,
-    num_requests: int,
-    is_image_T: Tensor | None,
-    device_E: Tensor | None,
-    token_device_T: Tensor | None,
-    seed: int,
-    counters: Tensor | None,
-) -> RoutedSelection:
-    """Validate, allocate, launch."""
     at_device, by_request = plan.level == "device", plan.scope == "request"
     by_image = plan.mode != "off" and plan.priority != "uniform"
     local = plan.local and plan.extra > 0
-    check_scores(name, scores_TE, plan, INTERPRETED)
+    if scoring is not None and scoring not in SCORINGS:
+        raise ValueError(f"scoring is {scoring!r}, but it must be one of {', '.join(SCORINGS)}.")
+    check_scores(scores_TE, plan, INTERPRETED)
     T, E = scores_TE.shape
     check_plan(plan, T, num_requests if by_request else 1)
     check_tensor("topk_TK", topk_TK, INTEGERS, (T, plan.top_k), scores_TE, False)
@@ -260,7 +154,7 @@ def _route(
     weights = torch.empty((T, W), dtype=torch.float32, device=device)
     capacity = ints(device, G, X)
     seats = Seats(order=ints(device, T * W), offsets=ints(device, E + 1), seat=ints(device, T, W))
-    selection = RoutedSelection(
+    selection = Selection(
         experts=experts,
         weights=weights,
         load_before=load_before,
@@ -331,7 +225,7 @@ def _route(
         B=B,
         KEEPS=len(plan.keeps),
         TEXT_LAST=plan.priority == "text-first",
-        SCORING=scoring,
+        SCORING=scoring or "none",
         BLOCK_T=config.choose_rows,
         **options(config.choose_warps),
     )
@@ -353,7 +247,7 @@ def _route(
             EP=EP,
             K=K,
             B=B,
-            SCORING=scoring,
+            SCORING=scoring or "none",
             BLOCK_T=config.choose_rows,
             **options(config.choose_warps),
         )
@@ -407,7 +301,7 @@ def _route(
             B=B,
             X=X,
             METRIC=plan.metric,
-            SCORING=scoring,
+            SCORING=scoring or "none",
             BLOCK_T=config.choose_rows,
             **options(config.choose_warps),
         )
@@ -488,3 +382,18 @@ def _route(
         **options(config.seat_warps),
     )
     return selection
+
+
+def prepare_limits(plan: Plan, max_tokens: int, device: torch.device) -> None:
+    """Build the tables of limits for all steps of up to max_tokens tokens, once per plan, and that
+    of decode keep.
+
+    A call builds what it needs by itself, but copies it to the device, which the capture of a CUDA
+    graph doesn't allow.
+    """
+    if plan.keeps:
+        keep_table(plan.keeps, device)
+    if plan.mode == "off" or plan.gamma is None:
+        return
+    for power in range(max(max_tokens, 1).bit_length() + 1):
+        capacity_table(plan, 1 << power >> 1, device)

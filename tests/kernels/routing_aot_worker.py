@@ -181,7 +181,7 @@ def record(case: Case) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         if case.scoring is None:
             routing.route_triton(scores, plan, num_requests=case.requests, **tensors)
         else:
-            routing.route_logits_triton(scores, plan, scoring=case.scoring, **tensors)
+            routing.route_triton(scores, plan, scoring=case.scoring, **tensors)
     finally:
         for name, module in MODULES.items():
             setattr(module, name, kernels[name])

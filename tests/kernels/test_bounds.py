@@ -57,7 +57,7 @@ from capmoe_kernels import _gemm_kernels, routing
 from capmoe_kernels import experts as ours
 from capmoe_kernels._routing_launch import launch_config
 from capmoe_kernels.launch import Chip
-from capmoe_kernels.routing import TOTALS, route_logits_triton, route_triton
+from capmoe_kernels.routing import TOTALS, route_triton
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
 from vllm_capmoe.torch_routing import route_torch
@@ -347,7 +347,7 @@ def run_routing(
     is_decode = torch.ones(tokens, dtype=torch.bool) if decode else None
     counters = torch.zeros(2 * SHAPES[name].experts + len(TOTALS), dtype=torch.int64)
     with checker:
-        route_logits_triton(
+        route_triton(
             logits, point.plan, scoring="softmax", counters=counters, is_decode_T=is_decode
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from capmoe_kernels import _routing_checks, routing
 from capmoe_kernels import _routing_launch as launch
-from capmoe_kernels.routing import RoutedSelection, route_logits_triton, route_triton
+from capmoe_kernels.routing import Selection, route_triton
 from vllm_capmoe import CapacityConfig, route
 from vllm_capmoe.plan import Plan, resolve
 from vllm_capmoe.torch_routing import route_torch
@@ -90,7 +90,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "launch_config", lambda T, E, L: SMALL)
 
 
-def run(function: Callable[..., RoutedSelection], *args: Any, **kwargs: Any) -> RoutedSelection:
+def run(function: Callable[..., Selection], *args: Any, **kwargs: Any) -> Selection:
     """Call it with walls around all tensors that it allocates."""
     walls = Walls()
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def bits(weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights.nan_to_num(nan=0.0, posinf=INF, neginf=-INF).view(torch.int32), weights.isnan()
 
 
-def assert_same(got: RoutedSelection, want: Any, num_experts: int) -> None:
+def assert_same(got: Selection, want: Any, num_experts: int) -> None:
     """`got` is the Selection `want`, in values, types and shapes; and its seats fit."""
     for name in (
         "experts", "load_before", "load_after", "capacity", "kept", "left_without", "mass",
@@ -135,7 +135,7 @@ def assert_same(got: RoutedSelection, want: Any, num_experts: int) -> None:
         assert tensor.dtype == torch.int32
 
 
-def check(scores: Tensor, plan: Plan, **tensors: Any) -> RoutedSelection:
+def check(scores: Tensor, plan: Plan, **tensors: Any) -> Selection:
     """Both ways, the same outcome; the arguments stay as they are."""
     int64 = {n: v.long() for n, v in tensors.items() if n in ("device_E", "token_device_T")}
     want = route_torch(scores, plan, **{**tensors, **int64})
@@ -333,7 +333,7 @@ def test_decode_keep_at_the_sizes_of_models(E: int, k: int) -> None:
     without = check(logits.softmax(1), off, **tensors)
     assert int((got.load_after > 0).sum()) < int((without.load_after > 0).sum()) or E == 8
     assert torch.equal(got.load_before, without.load_after)
-    by_logits = run(route_logits_triton, logits, auto, scoring="softmax", **tensors)
+    by_logits = run(route_triton, logits, auto, scoring="softmax", **tensors)
     assert torch.equal(by_logits.experts, got.experts)
 
 
@@ -514,7 +514,7 @@ def test_scores_of_logits(scoring: str, dtype: torch.dtype, launches: str) -> No
     logits[0] = torch.tensor([0.0, -0.0, 80.0, -80.0, 20.0, -20.0])
     logits = logits.to(DEVICE, dtype)
     everything = resolve(CapacityConfig(), num_experts=E, top_k=E)
-    all_scores = run(route_logits_triton, logits, everything, scoring=scoring)
+    all_scores = run(route_triton, logits, everything, scoring=scoring)
     scores = torch.zeros(40, E, device=DEVICE)
     scores.scatter_(1, all_scores.experts.long(), all_scores.weights)
     # A rounding of x moves exp(x) by x times as much; 8 more for the rest. Below 1e-30 it may be 0.
@@ -529,7 +529,7 @@ def test_scores_of_logits(scoring: str, dtype: torch.dtype, launches: str) -> No
         others = torch.rand(40, E, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :2]
         for topk_TK in (None, others.to(DEVICE)):
             options = {"topk_TK": topk_TK, "seed": 5}
-            got = run(route_logits_triton, logits, plan, scoring=scoring, **options)
+            got = run(route_triton, logits, plan, scoring=scoring, **options)
             assert_same(got, route_torch(scores, plan, **options), E)
 
 
@@ -545,14 +545,14 @@ def test_no_word_falls_through(word: str, monkeypatch: pytest.MonkeyPatch) -> No
         scoring = "best"
         monkeypatch.setattr(routing, "SCORINGS", ("best",))
     with pytest.raises(Exception, match=f"unknown {word}"):
-        route_logits_triton(logits, plan, scoring=scoring)
+        route_triton(logits, plan, scoring=scoring)
 
 
 @pytest.mark.parametrize("scoring", routing.SCORINGS)
 def test_logits_that_are_no_numbers(scoring: str) -> None:
     logits = torch.tensor([[NAN, 1.0], [INF, 1.0], [-INF, 1.0], [-INF, -INF]], device=DEVICE)
     plan = resolve(CapacityConfig(), num_experts=2, top_k=2)
-    got = run(route_logits_triton, logits, plan, scoring=scoring)
+    got = run(route_triton, logits, plan, scoring=scoring)
     scores = torch.zeros(4, 2, device=DEVICE).scatter_(1, got.experts.long(), got.weights)
     want = torch_scores(logits, scoring).float()
     assert torch.equal(scores.isnan(), want.isnan())
@@ -571,9 +571,9 @@ def test_a_cuda_graph_holds_the_call(mode: str) -> None:
     padding = torch.zeros(300, dtype=torch.bool, device="cuda")
     counters = torch.zeros(22, dtype=torch.int64, device="cuda")
 
-    def call() -> tuple[RoutedSelection, RoutedSelection]:
+    def call() -> tuple[Selection, Selection]:
         options = {"is_padding_T": padding, "is_decode_T": decode, "counters": counters}
-        by_logits = route_logits_triton(scores, plan, scoring="sigmoid", **options)
+        by_logits = route_triton(scores, plan, scoring="sigmoid", **options)
         return route_triton(scores, plan, **options), by_logits
 
     call()
@@ -588,7 +588,7 @@ def test_a_cuda_graph_holds_the_call(mode: str) -> None:
         options = {"is_padding_T": padding, "is_decode_T": decode}
         assert_same(got, route_torch(scores, plan, **options), 8)
         assert counters[16] == 2 * steps
-        again = route_logits_triton(scores, plan, scoring="sigmoid", **options)
+        again = route_triton(scores, plan, scoring="sigmoid", **options)
         assert torch.equal(by_logits.experts, again.experts)
 
 

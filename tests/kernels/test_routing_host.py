@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from capmoe_kernels import _routing_bids, capacity, routing
 from capmoe_kernels import _routing_launch as launch
 from capmoe_kernels.contract import NO_LIMIT
-from capmoe_kernels.routing import route_logits_triton, route_triton
+from capmoe_kernels.routing import route_triton
 from vllm_capmoe import CapacityConfig, ranking, reference
 from vllm_capmoe.config import OPTIONS
 from vllm_capmoe.plan import Plan, resolve
@@ -115,8 +115,8 @@ def bad_calls() -> list[tuple[str, Any]]:
         (r"plan.extra 7", (scores, dataclasses.replace(plan, extra=7)), {}),
     ]
     return [(pattern, lambda a=a, k=k: route_triton(*a, **k)) for pattern, a, k in calls] + [
-        (r"scoring is 'tanh'", lambda: route_logits_triton(scores, plan, scoring="tanh")),
-        (r"logits_TE has the shape \[8\]", lambda: route_logits_triton(
+        (r"scoring is 'tanh'", lambda: route_triton(scores, plan, scoring="tanh")),
+        (r"scores_TE has the shape \[8\]", lambda: route_triton(
             scores[0], plan, scoring="sigmoid")),
     ]  # fmt: skip
 

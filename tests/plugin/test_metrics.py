@@ -14,9 +14,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
+from capmoe_kernels.contract import TOTALS
 from vllm_capmoe.integration import metrics, rpc
 from vllm_capmoe.integration.metrics import PUBLISHED, Publisher
-from vllm_capmoe.integration.stats import TABLE, TOTALS, LayerStats, read, totals
+from vllm_capmoe.integration.stats import TABLE, LayerStats, read, totals
 from vllm_capmoe.integration.step import StepTokens
 
 CPU = torch.device("cpu")

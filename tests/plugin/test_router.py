@@ -1,6 +1,7 @@
 """`CapacityRouter` around vLLM's own routers, on tensors, without an engine."""
 
 import math
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from routers import BIAS, MIXTRAL, MODELS, E, K, T, forward_context, make, prompt_of_one_request
+from torch import Tensor
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 
 from vllm_capmoe import CapacityConfig, route
-from vllm_capmoe.integration import custom_ops
+from vllm_capmoe.integration import custom_ops, families
 from vllm_capmoe.integration import router as router_module
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import MAX_LATER
@@ -137,7 +139,7 @@ def test_settings_do_in_a_layer_what_they_do_in_route(asked, tokens, context, se
     made = make(asked, tokens, **settings)
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(4))
     _, topk_ids = made.inner._compute_routing(logits, logits, None)
-    scores = router_module.SCORING[made.scoring_func](logits)
+    scores = families.SCORING[made.scoring_func](logits)
     expected = route(
         scores,
         K,
@@ -221,6 +223,43 @@ def test_a_router_of_an_unknown_kind_is_refused():
         factory(lambda **_: object())
 
 
+def of_halves(
+    hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """A model's own: the best of each half of the experts, by a scoring that the kernel has not."""
+    scores = families.SCORING["square"](gating_output.float())
+    halves = scores.view(-1, 2, E // 2).topk(topk // 2)
+    ids = (halves.indices + torch.tensor([0, E // 2])[:, None]).flatten(1)
+    return scores.gather(1, ids), ids.int()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_routing_function_of_a_family_is_served_once_it_is_known(
+    monkeypatch, tokens, context, backend
+):
+    """On the CPU the kernel's part is played by plain torch, which must be handed scores."""
+    name = f"{of_halves.__module__}.of_halves"
+    asked = {"custom_routing_function": of_halves, "renormalize": False}
+    with pytest.raises(ValueError, match="custom routing function"):
+        make(asked, tokens, mode="drop", factor=1.0)
+    monkeypatch.setitem(families.SCORING, "square", torch.square)
+    monkeypatch.setitem(families.FUNCTIONS, name, "square")
+    routing = SimpleNamespace(prepare_limits=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "capmoe_kernels.routing", routing)
+    routing.route_triton = lambda scores, plan, *, scoring, counters, **step: (
+        route_torch(scores, plan, **step) if scoring is None else None
+    )
+    made = make(asked, tokens, backend, mode="drop", factor=1.0)
+    made.keeps_seats = False  # plain torch has none
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(8))
+    _, ids = of_halves(logits, logits, K, False)
+    with override_forward_context(context):
+        got = made.route(logits, ids)
+    expected = route(logits.square(), K, CapacityConfig(mode="drop", factor=1.0), topk_ids=ids)
+    assert torch.equal(got[0], expected.weights) and torch.equal(got[1], expected.experts)
+    assert made.plain is False and expected.dropped > 0
+
+
 def test_capacity_counts_the_models_experts_not_their_replicas():
     def original(**_: Any) -> CPURouter:
         return CPURouter(top_k=K, global_num_experts=E + 4)
@@ -257,7 +296,7 @@ def test_which_routers_choose_the_highest_scores_and_which_scale():
 def test_scores_of_single_experts(name, score):
     logits = [-3.0, -0.5, 0.0, 1.0, 4.0]
     expected = torch.tensor([[score(x) for x in logits]])
-    torch.testing.assert_close(router_module.SCORING[name](torch.tensor([logits])), expected)
+    torch.testing.assert_close(families.SCORING[name](torch.tensor([logits])), expected)
 
 
 def test_scores_are_float32_whatever_the_logits_are(tokens, context):

@@ -5,13 +5,14 @@ import random
 
 import torch
 
+from capmoe_kernels.contract import Selection
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.plan import resolve
-from vllm_capmoe.torch_routing import Selection, route_torch
+from vllm_capmoe.torch_routing import route_torch
 from vllm_capmoe.unlimited import route_unlimited
 
 CASES = 3000
-FIELDS = [field.name for field in dataclasses.fields(Selection)]
+FIELDS = [field.name for field in dataclasses.fields(Selection) if field.name != "seats"]
 
 
 def scores_of(draw: random.Random, T: int, E: int) -> torch.Tensor:

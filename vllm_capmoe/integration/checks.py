@@ -4,7 +4,7 @@
     checks (this file)              what the settings and vLLM's configuration say together: before
                                     an engine is made, and again in each worker; isolation.py is
                                     its part for scope `request`
-    layer_checks                    what only a layer of the model shows: in the workers
+    families, layer_checks          what only a model's router or a layer shows: in the workers
     compat, proof                   another vLLM, or another plugin in some process
     rpc                             a call that a worker can't answer
 

@@ -11,8 +11,7 @@ from typing import Any
 from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.integration import checks, compat, front_end, isolation
 from vllm_capmoe.integration.compat import Function, Patch
-from vllm_capmoe.integration.settings import KEY, PREFIX
-from vllm_capmoe.integration.settings import capacity_config as capacity_config
+from vllm_capmoe.integration.settings import KEY, PREFIX, capacity_config
 
 GROUP = "MoECapacityConfig"
 _DESCRIPTION = (

@@ -4,15 +4,14 @@
     router logits [T, E] -> scores S [T, E]                            (the model's scoring)
     S, top-k ids         -> `route_torch` -> weights, experts [T, W]   (this project)
 
-On CUDA one call of `route_logits_triton` does the last two and counts the loads; where the model
+On CUDA one call of `route_triton` does the last two and counts the loads; where the model
 takes the plain top-k, it does the first one too. The result goes on through vLLM's `BaseRouter`,
 which maps logical experts to the physical replicas of EPLB. The capacity step is one custom op, so
 that torch.compile sees an opaque call of known shape on every platform.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +20,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import layer as layer_module
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
-from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -32,24 +29,17 @@ from vllm.utils.torch_utils import (
 )
 
 from capmoe_kernels.capacity import capacity
-from capmoe_kernels.contract import Plan, Seats
+from capmoe_kernels.contract import SCORINGS, Plan, Seats, Selection, Step
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.families import SCORING, family_of
 from vllm_capmoe.integration.phantom import fill_unused
+from vllm_capmoe.integration.settings import current_config
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import Shard, StepTokens
+from vllm_capmoe.integration.trials import LayerTrials
 from vllm_capmoe.ranking import choose_top_k, score_keys
 from vllm_capmoe.torch_routing import route_torch
 from vllm_capmoe.unlimited import Held, hold, may_limit, route_unlimited
-
-if TYPE_CHECKING:
-    from vllm_capmoe.integration.trials import LayerTrials
-
-SCORING: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: torch.softmax(logits, dim=-1),
-    "sigmoid": torch.sigmoid,
-    # DeepSeek-V4's scores: the square root of softplus.
-    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
-}
 
 
 class CapacityRouter(BaseRouter):
@@ -58,7 +48,7 @@ class CapacityRouter(BaseRouter):
     Args:
         inner: vLLM's router; it decides the top-k.
         top_k: k. num_logical_experts: E, without the redundant experts of EPLB.
-        scoring_func: a key of `SCORING`.
+        scoring_func: a key of `families.SCORING`.
         renormalize: whether the model rescales the chosen weights to sum to one.
         scale: the routed scaling factor that `inner` multiplies its weights with.
         plain: whether `inner` chooses the experts of the highest scores, without more ado.
@@ -209,14 +199,14 @@ class CapacityRouter(BaseRouter):
         weights, experts = self.route(router_logits, topk_ids)
         return weights, experts.to(_ids_dtype(topk_ids))
 
-    def decide(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Any, Tensor | None]:
+    def decide(self, router_logits: Tensor, topk_ids: Tensor | None) -> tuple[Selection, Tensor]:
         """Who holds which expert, on real tensors; it is counted, and recorded if that is on.
 
         Args:
             router_logits: [T, E], any float type. topk_ids: int [T, k]; None for the plain top-k.
 
         Returns:
-            the selection, and the padding of these rows: bool [T], or None where there is none.
+            the selection, and the padding of these rows: bool [T].
         """
         plan, stats, tokens = self.plan, self.stats, self.tokens
         assert plan is not None and stats is not None and tokens is not None
@@ -225,8 +215,7 @@ class CapacityRouter(BaseRouter):
         is_decode, request = cut(tokens.is_decode, rows, False), cut(tokens.request, rows, 0)
         owner = None if self.token_device is None else cut(self.token_device, rows, 0)
         per_request = plan.scope == "request"
-        arguments: dict[str, Any] = {
-            "topk_TK": topk_ids,
+        step: Step = {
             "is_padding_T": is_padding,
             "is_decode_T": is_decode,
             "request_T": request if per_request else None,
@@ -235,19 +224,25 @@ class CapacityRouter(BaseRouter):
             "token_device_T": owner,
             "seed": self.seed,
         }
-        selection: Any
+        selection: Selection | None = None
         if self.by_kernel:
-            from capmoe_kernels.routing import route_logits_triton
+            from capmoe_kernels.routing import route_triton
 
-            selection = route_logits_triton(
-                router_logits, plan, scoring=self.scoring_func, counters=stats.counts, **arguments
+            inside = self.scoring_func in SCORINGS
+            selection = route_triton(
+                router_logits if inside else self._scores(router_logits),
+                plan,
+                scoring=self.scoring_func if inside else None,
+                counters=stats.counts,
+                topk_TK=topk_ids,
+                **step,
             )
         else:
-            scores, selection = self._scores(router_logits), None
+            scores = self._scores(router_logits)
             if topk_ids is not None and not scores.is_cuda:
-                selection = route_unlimited(scores, plan, **arguments)
+                selection = route_unlimited(scores, plan, topk_TK=topk_ids, **step)
             if selection is None:
-                selection = route_torch(scores, plan, **arguments)
+                selection = route_torch(scores, plan, topk_TK=topk_ids, **step)
             stats.add(selection)
         if stats.recording:
             keys = score_keys(self._scores(router_logits))
@@ -259,7 +254,7 @@ class CapacityRouter(BaseRouter):
                 request=request,
             )
         if self.trials is not None:
-            self.trials.add(self._scores(router_logits), **arguments)
+            self.trials.add(self._scores(router_logits), topk_ids, step)
         return selection, is_padding
 
     def hold(self, router_logits: Tensor, topk_ids: Tensor | None) -> Held | None:
@@ -294,6 +289,7 @@ class CapacityRouter(BaseRouter):
         selection, is_padding = self.decide(router_logits, topk_ids)
         weights, experts = selection.weights, selection.experts
         if self.keeps_seats:
+            assert selection.seats is not None
             self._seats = (router_logits.shape[0], selection.seats)
         if self.scale != 1.0:
             weights = weights * self.scale
@@ -404,49 +400,22 @@ def patches() -> list[Patch]:
 
 def _make_router(original: Function) -> Function:
     def create_fused_moe_router(**kwargs: Any) -> FusedMoERouter:
-        from vllm.config import get_current_vllm_config
-
-        from vllm_capmoe.integration.engine_args import capacity_config
-
         inner = original(**kwargs)
-        config = capacity_config(get_current_vllm_config().additional_config)
+        config = current_config()
         if not config.enabled:
             return inner
-        scoring_func = kwargs.get("scoring_func", "softmax")
-        refused = [name for name in _UNSERVED if kwargs.get(name) not in (None, 0)]
-        refused += [name for name in _UNSERVED_TENSORS if kwargs.get(name) is not None]
-        if refused or scoring_func not in SCORING or not isinstance(inner, BaseRouter):
-            what = refused[0].replace("_", " ") if refused else f"scores by {scoring_func}"
-            raise ValueError(
-                f"{config.asked}, but this model's layers route with "
-                f"{type(inner).__name__} ({what}): accepted are top-k routers over softmax, "
-                "sigmoid or sqrtsoftplus scores, with or without groups and biases."
-            )
-        grouped = (
-            kwargs.get("use_grouped_topk") or kwargs.get("e_score_correction_bias") is not None
-        )
+        family = family_of(config, inner, kwargs)
         return CapacityRouter(
             inner,
             top_k=kwargs["top_k"],
             num_logical_experts=kwargs.get("num_logical_experts") or kwargs["global_num_experts"],
-            scoring_func=scoring_func,
+            scoring_func=family.scoring,
             renormalize=kwargs.get("renormalize", True),
-            # vLLM's plain top-k router doesn't apply the factor; the others do.
-            scale=kwargs.get("routed_scaling_factor", 1.0) if grouped else 1.0,
-            plain=type(inner) is FusedTopKRouter or (type(inner) is CPURouter and not grouped),
+            scale=family.scale,
+            plain=family.plain,
         )
 
     return create_fused_moe_router
-
-
-# Arguments of create_fused_moe_router under which the scores of all experts are not known to us,
-# or the chosen rows hold more than routed experts.
-_UNSERVED = (
-    "custom_routing_function",
-    "zero_expert_type",
-    "num_fused_shared_experts",
-)
-_UNSERVED_TENSORS = ("hash_indices_table", "bias_vl")
 
 
 def route_op(

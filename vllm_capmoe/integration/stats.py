@@ -1,9 +1,8 @@
 """What capacity did, counted layer by layer: on the device, without reading anything back.
 
 Counters only ever grow, so that readers (Prometheus, the log, tests) take differences at their own
-pace. `TABLE` lists them all: a new counter is a row there, and where the routing kernel counts by
-itself a number there too. Readers reach them through `collective_rpc`, which vLLM runs on every
-worker between two steps: `moe_capacity_counters` for each layer, `moe_capacity_totals` summed up.
+pace. `COUNTERS` of the contract says what a step adds to each, `TABLE` what is published of them.
+Readers reach them through `collective_rpc`, see rpc.py.
 """
 
 import hashlib
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from capmoe_kernels.contract import COUNTERS, TOTALS, Selection
 from vllm_capmoe.ranking import MASS_BITS
-from vllm_capmoe.torch_routing import Selection
 from vllm_capmoe.unlimited import Held, count_steps
 
 MAX_RECORDS = 100_000
@@ -32,10 +31,8 @@ Layer = dict[str, Any]  # the counters of a layer as plain numbers, see `LayerSt
 class Counter:
     """A number that is counted in every layer.
 
-    key: its name in a layer's counters (if it has `step`) and in `totals` (if it has a `series`).
-    step: what one step adds to it, an integer or bool, of a selection of numpy arrays, which may
-        have an axis of steps before their own; None for what follows from the others of a layer,
-        by `layer`.
+    key: its name in a layer's counters and in `totals` (if it has a `series`): one of `COUNTERS`,
+        or, with `layer`, what follows from these.
     series, labels, help: its Prometheus series, `vllm:moe_capacity_{series}_total`, if it has one,
         with its labels beside `model_name`, and what the series says of itself. Counters of one
         series have the same labels with different values.
@@ -43,7 +40,6 @@ class Counter:
     """
 
     key: str
-    step: Callable[[Any], Any] | None = None
     layer: Callable[[Layer], float] | None = None
     series: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -66,61 +62,52 @@ _ACTIVE = "Experts with a load, added up over layers and steps with prompt token
 _BEFORE, _AFTER = {"when": "before"}, {"when": "after"}
 
 
-def _active(step: str, when: str) -> Counter:
-    """Experts with a load. step: "prompt", steps with a prompt token, or "decode", the others."""
-
-    def count(s: Any) -> Any:
-        loads_E = s.load_before if when == "before" else s.load_after
-        return (loads_E > 0).sum(-1) * ((s.prompts > 0) == (step == "prompt"))
-
-    labels = {"step": step, "when": when}
-    return Counter(f"{step}_active_{when}", count, None, "active_experts", labels, _ACTIVE)
-
-
 TABLE = (
-    Counter("steps", lambda s: s.load_before.max(-1) > 0),  # a dummy step has no tokens
     Counter(
         "dropped",
-        lambda s: s.dropped,
         series="dropped_assignments",
         help="Assignments that capacity dropped.",
     ),
     Counter(
         "expanded",
-        lambda s: s.expanded,
         series="expanded_assignments",
         help="Assignments outside of a token's top-k: what Expanded Drop or reroute gave.",
     ),
     Counter(
         "left_without",
-        lambda s: s.left_without,
         series="tokens_without_expert",
         help="Tokens that lost all their experts in a layer.",
     ),
-    Counter("max_before", lambda s: s.load_before.max(-1), None, "peak_load", _BEFORE, _PEAK),
-    Counter("max_after", lambda s: s.load_after.max(-1), None, "peak_load", _AFTER, _PEAK),
+    Counter("max_before", None, "peak_load", _BEFORE, _PEAK),
+    Counter("max_after", None, "peak_load", _AFTER, _PEAK),
     Counter(
         "mass",
-        lambda s: s.mass,
         series="gate_mass",
         help="Gate mass, the sum of the scores of the assignments that the models' routers made.",
         unit=2.0**-MASS_BITS,
     ),
     Counter(
         "lost",
-        lambda s: s.lost,
         series="lost_gate_mass",
         help="Gate mass of those of these assignments that are not held.",
         unit=2.0**-MASS_BITS,
     ),
     Counter(
         "prompt_steps",
-        lambda s: s.prompts > 0,
         series="layer_steps",
         labels={"step": "prompt"},
         help=_LAYER_STEPS,
     ),
-    *(_active(step, when) for step in ("prompt", "decode") for when in ("before", "after")),
+    *(
+        Counter(
+            f"{step}_active_{when}",
+            series="active_experts",
+            labels={"step": step, "when": when},
+            help=_ACTIVE,
+        )
+        for step in ("prompt", "decode")
+        for when in ("before", "after")
+    ),
     Counter(
         "decode_steps",
         layer=lambda counted: counted["steps"] - counted["prompt_steps"],
@@ -134,13 +121,10 @@ TABLE = (
         series="assignments",
         help="Token-expert assignments that the models' routers made.",
     ),
-    Counter("mean_before", None, lambda c: _mean(c["load_before"]), "mean_load", _BEFORE, _MEAN),
-    Counter("mean_after", None, lambda c: _mean(c["load_after"]), "mean_load", _AFTER, _MEAN),
+    Counter("mean_before", lambda c: _mean(c["load_before"]), "mean_load", _BEFORE, _MEAN),
+    Counter("mean_after", lambda c: _mean(c["load_after"]), "mean_load", _AFTER, _MEAN),
 )
 _READ = ("load_before", "load_after", "kept", "left_without", "mass", "lost", "prompts")
-_STEPS = {counter.key: counter.step for counter in TABLE if counter.step}
-TOTALS = tuple(_STEPS)
-"""What is counted beside the loads, in the order in which the routing kernel does it."""
 
 
 @dataclass
@@ -204,7 +188,7 @@ class LayerStats:
             self._add(SimpleNamespace(**counts, dropped=0, expanded=0))
 
     def _add(self, counted: Any) -> None:
-        totals = [int(np.sum(step(counted))) for step in _STEPS.values()]
+        totals = [int(np.sum(step(counted))) for step in COUNTERS.values()]
         loads = (np.atleast_2d(s).sum(axis=0) for s in (counted.load_before, counted.load_after))
         self.summed.numpy()[:] += np.concatenate([*loads, totals])
 

@@ -7,12 +7,11 @@ waits for the host.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_capmoe.plan import Plan
+from capmoe_kernels.contract import Plan, Step
 from vllm_capmoe.ranking import MASS_BITS, choose_top_k, score_keys
 from vllm_capmoe.torch_routing import route_torch
 
@@ -35,8 +34,8 @@ class LayerTrials:
         self.loads: list[list[int]] = []
         self.counts: dict[str, dict[str, dict[str, float]]] = {"prompt": {}, "decode": {}}
 
-    def add(self, scores_TE: Tensor, *, topk_TK: Tensor | None, **step: Any) -> None:
-        """Try all plans on a step. scores_TE: float32 [T, E]. The rest as `route_torch` takes it.
+    def add(self, scores_TE: Tensor, topk_TK: Tensor | None, step: Step) -> None:
+        """Try all plans on a step. scores_TE: float32 [T, E]. topk_TK: int [T, k], the model's own.
 
         The ranks are those that are planned for: no token belongs to one of them.
         """
@@ -54,8 +53,12 @@ class LayerTrials:
         tokens = real_T.nonzero()[:, 0]
         for size in self.requests:
             for part in tokens.split(size)[: len(tokens) // size]:
-                alone = {**step, "is_padding_T": None, "is_decode_T": real_T[part]}
-                alone["request_T"] = None
+                alone: Step = {
+                    **step,
+                    "is_padding_T": None,
+                    "is_decode_T": real_T[part],
+                    "request_T": None,
+                }
                 self._try(
                     "decode", f" at {size}", scores_TE[part], topk_TK[part], real_T[part], alone
                 )
@@ -67,7 +70,7 @@ class LayerTrials:
         scores_TE: Tensor,
         topk_TK: Tensor,
         real_T: Tensor,
-        step: dict[str, Any],
+        step: Step,
     ) -> None:
         """Count what all plans do; of parts of a step, those without a limit."""
         plan = next(iter(self.plans.values()))
