@@ -76,4 +76,4 @@ def test_every_step_without_a_limit_is_that_of_plain_torch() -> None:
             left, right = getattr(ours, name), getattr(theirs, name)
             assert left.dtype == right.dtype, name
             torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True, msg=name)
-    assert shared > CASES / 10 and limited > CASES / 10
+    assert shared > CASES / 20 and limited > CASES / 10
