@@ -11,6 +11,7 @@ import pytest
 QUICK = {
     "bench_experts_cpu.py": ["--quick", "--threads", "1"],
     "bench_decode.py": ["--quick"],
+    "bench_routing_cpu.py": ["--quick"],
     "straggler_ranks.py": ["--quick", "--no-plot"],
     "straggler_project.py": ["--quick", "--no-plot"],
 }
