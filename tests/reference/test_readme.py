@@ -31,7 +31,7 @@ def test_versions_metrics_and_the_start_up_line(repo_root: Path) -> None:
         value.value
         for call in calls
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "Counter"
-        for value in [*call.args[3:4], *(k.value for k in call.keywords if k.arg == "series")]
+        for value in [*call.args[2:3], *(k.value for k in call.keywords if k.arg == "series")]
         if isinstance(value, ast.Constant)
     }
     assert {"assignments", "dropped_assignments", "peak_load"} <= names

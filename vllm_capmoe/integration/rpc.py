@@ -154,7 +154,8 @@ def moe_capacity_keep(vllm_config: "VllmConfig", keep: int | str) -> None:
     keep: k0 from 1 to k, or "auto".
 
     Raises:
-        ValueError: keep is above k, or the engine wasn't started with decode-keep `auto`.
+        ValueError: keep is above k; or the engine was started with a fixed k0 and "auto" is asked
+            for, or without one that acts.
     """
     for layer in moe_layers(vllm_config):
         router = layer.router
@@ -162,8 +163,8 @@ def moe_capacity_keep(vllm_config: "VllmConfig", keep: int | str) -> None:
         wanted = CapacityConfig(decode_keep=keep).keeps(router.top_k) or (router.top_k,)
         if len(keeps) < len(wanted):
             raise ValueError(
-                "k0 can't be changed in an engine that was started with a fixed one: "
-                "--moe-capacity-decode-keep 'auto' is accepted."
+                f"decode_keep is {keep!r}, but this engine was started with "
+                + ("a fixed k0: an integer is accepted." if keeps else "all kept: it stays so.")
             )
         values = wanted + wanted[-1:] * (len(keeps) - len(wanted))
         if router.by_kernel:

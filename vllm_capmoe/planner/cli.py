@@ -124,7 +124,7 @@ def plan(arguments: argparse.Namespace, engine: list[str]) -> str:
         "engine": ["--model", arguments.model, *engine],  # as it is served: graphs and compilation
         "pool": asked,
         "prompts": [{"requests": advice.requests, "keeps": advice.keeps} for advice in decode],
-        "settings": {"mode": "off", "scope": "batch", "decode_keep": "auto"},
+        "settings": {"mode": "off", "scope": "batch", "decode_keep": 1},
     }
     timed = _run("time", out, spec | timing, "timed") if decode else iter(())
     decode = [
