@@ -283,16 +283,13 @@ class CapacityRouter(BaseRouter):
         """
         held = self.hold(router_logits, topk_ids)
         if held is not None:
-            weights = torch.from_numpy(held.weights_TK)
             experts = torch.from_numpy(held.held_TK.astype(np.int32))
-            return weights if self.scale == 1.0 else weights * self.scale, experts
+            return self._scaled(torch.from_numpy(held.weights_TK)), experts
         selection, is_padding = self.decide(router_logits, topk_ids)
-        weights, experts = selection.weights, selection.experts
+        weights, experts = self._scaled(selection.weights), selection.experts
         if self.keeps_seats:
             assert selection.seats is not None
             self._seats = (router_logits.shape[0], selection.seats)
-        if self.scale != 1.0:
-            weights = weights * self.scale
         # On CUDA vLLM's own routers leave padding at -1, too; without a mode all else is used.
         if self.fills_unused and (self.drops or not self.by_kernel):
             skipped = is_padding if self.by_kernel else None
@@ -369,6 +366,9 @@ class CapacityRouter(BaseRouter):
             rows, num_experts=plan.num_experts, top_k=plan.top_k, gamma=plan.gamma, min_capacity=1
         )
         return rows * plan.top_k + num_local * (whole + groups * (plan.min_capacity + 1))
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        return weights if self.scale == 1.0 else weights * self.scale
 
     def _scores(self, router_logits: Tensor) -> Tensor:
         return SCORING[self.scoring_func](router_logits.float())
