@@ -20,12 +20,25 @@ def test_the_flags_table_is_the_list_of_options(repo_root: Path) -> None:
             assert f"`{choice}`" in values
 
 
-def test_versions_metrics_and_the_start_up_line(repo_root: Path) -> None:
+def test_versions(repo_root: Path) -> None:
+    """The releases of vLLM that are served, wherever they are named."""
+    compat = (repo_root / "vllm_capmoe" / "integration" / "compat.py").read_text()
+    found = re.search(r"^SUPPORTED = (.+)$", compat, re.M)
+    assert found is not None
+    served = ast.literal_eval(found.group(1))
+    texts = [f"{major}.{minor}" for major, minor in served]
+    assert f"vLLM {' and '.join(texts)}" in (repo_root / "README.md").read_text()
+    (major, first), (_, last) = served[0], served[-1]
+    pinned = f"vllm>={major}.{first},<{major}.{last + 1}"
+    assert f'"{pinned}"' in (repo_root / "pyproject.toml").read_text()
+    made = re.findall(r'Release\("(\d+\.\d+)', (repo_root / ".ci" / "make_venv.py").read_text())
+    assert made == texts
+
+
+def test_metrics_and_the_start_up_line(repo_root: Path) -> None:
     """Read from the source, so that no vLLM is needed."""
     readme = (repo_root / "README.md").read_text()
     sources = repo_root / "vllm_capmoe" / "integration"
-    versions = re.search(r'SUPPORTED_TEXT = "(.+)"', (sources / "compat.py").read_text())
-    assert versions is not None and f"vLLM {versions.group(1)}" in readme
     calls = list(ast.walk(ast.parse((sources / "stats.py").read_text())))
     names = {
         value.value

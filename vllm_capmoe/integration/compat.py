@@ -15,7 +15,7 @@ from typing import Any
 from packaging.version import Version
 
 SUPPORTED = ((0, 32), (0, 33))
-SUPPORTED_TEXT = "0.32 and 0.33"
+SUPPORTED_TEXT = " and ".join(".".join(map(str, release)) for release in SUPPORTED)
 _MARK = "__capmoe_wrapped__"
 
 Function = Callable[..., Any]

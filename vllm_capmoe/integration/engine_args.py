@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 from vllm_capmoe.config import OPTIONS, CapacityConfig
-from vllm_capmoe.integration import checks, compat, front_end, isolation
+from vllm_capmoe.integration import checks, compat, front_end, isolation, readings
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.settings import KEY, PREFIX, capacity_config
 
@@ -137,7 +137,7 @@ def _validate(original: Function) -> Function:
             return original(self, *args, **kwargs)
         # As it was read here, for all processes: a file of layers may be here alone, or change.
         self.additional_config = {**self.additional_config, KEY: config.to_dict()}
-        compat.check_version()
+        readings.check(readings.OF_CONFIGURATION)
         checks.check_environment(config)
         isolation.turn_prefix_caching_off(config, self)
         vllm_config = original(self, *args, **kwargs)

@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from vllm_capmoe import experts as torch_experts
 from vllm_capmoe.experts import PreparedExperts
-from vllm_capmoe.integration import checks
+from vllm_capmoe.integration import checks, layer_checks
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.settings import current_config
@@ -351,14 +351,7 @@ def _select(original: Function) -> Function:
             "torch": (UnquantizedMoeBackend.CPU, TorchExperts),
             "triton": (UnquantizedMoeBackend.TRITON, TritonExperts),
         }[backend]
-        supported, reason = ours[1].is_supported_config(
-            ours[1], moe_config, None, None, mk.FusedMoEActivationFormat.Standard
-        )
-        if not supported:
-            raise ValueError(
-                f"--moe-capacity-backend is {config.backend!r}, but {reason}: 'vllm' is accepted "
-                "where vLLM has a kernel for it."
-            )
+        layer_checks.check_backend(config, moe_config, ours[1])
         return ours
 
     return select_unquantized_moe_backend

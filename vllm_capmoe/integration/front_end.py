@@ -8,7 +8,7 @@ published, and nobody would ask the engine cores for their proof.
 from operator import itemgetter
 from typing import Any
 
-from vllm_capmoe.integration import compat, metrics, proof
+from vllm_capmoe.integration import compat, metrics, proof, readings
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.settings import capacity_config
 
@@ -27,6 +27,7 @@ def patches() -> list[Patch]:
 def _prepare_first(original: Function) -> Function:
     def get_class(vllm_config: Any) -> Any:
         if capacity_config(vllm_config.additional_config).enabled:
+            readings.check(readings.OF_FRONT_ENDS)
             compat.apply(metrics.patches, proof.front_end_patches)
         return original(vllm_config)
 

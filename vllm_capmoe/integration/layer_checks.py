@@ -6,6 +6,8 @@ Every message is one sentence that names the flag, what came, and what is accept
 
 from typing import Any
 
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.kernels import Dropped, dropped_by, kernel_name
@@ -54,6 +56,21 @@ def check_layer(config: CapacityConfig, layer: Any) -> None:
         f"or needs what no mode serves ({', '.join(names)}): accepted are layers with vLLM's own "
         "top-k routers and modular kernels, which --moe-backend may choose."
     )
+
+
+def check_backend(config: CapacityConfig, moe_config: Any, experts: Any) -> None:
+    """Refuse a layer that our experts can't compute.
+
+    moe_config: its `FusedMoEConfig`. experts: the class of ours that was asked for.
+    """
+    supported, reason = experts.is_supported_config(
+        experts, moe_config, None, None, mk.FusedMoEActivationFormat.Standard
+    )
+    if not supported:
+        raise ValueError(
+            f"--moe-capacity-backend is {config.backend!r}, but {reason}: 'vllm' is accepted "
+            "where vLLM has a kernel for it."
+        )
 
 
 def check_model(config: CapacityConfig, model: Any) -> None:

@@ -9,7 +9,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration import checks, compat, proof
+from vllm_capmoe.integration import checks, compat, proof, readings
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.settings import capacity_config
 
@@ -44,7 +44,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     The methods are those of rpc.py, and `moe_capacity_proof()`, which is asked before the first
     request, see `proof`.
     """
-    compat.check_version()
+    readings.check(readings.OF_CONFIGURATION, readings.OF_WORKERS)
     checks.check_environment(config)
     checks.check_engine(config, worker.vllm_config)
 
