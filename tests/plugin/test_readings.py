@@ -29,7 +29,7 @@ import torch
 
 import vllm_capmoe.integration
 from vllm_capmoe.integration import experts, readings
-from vllm_capmoe.integration.compat import IncompatibleVLLMError, vllm_version
+from vllm_capmoe.integration.compat import SUPPORTED_TEXT, IncompatibleVLLMError, vllm_version
 from vllm_capmoe.integration.readings import OF_CONFIGURATION, OF_FRONT_ENDS, OF_WORKERS, Reading
 
 FOLDER = Path(vllm_capmoe.integration.__file__).parent
@@ -137,6 +137,6 @@ def test_what_is_gone_is_told_with_what_to_do(owner, name):
 
 
 def test_another_version_is_told_before_its_names(monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.34.1")
-    with pytest.raises(IncompatibleVLLMError, match="needs vLLM 0.32 and 0.33, but vLLM 0.34.1"):
+    monkeypatch.setattr("vllm.__version__", "9.9.9")
+    with pytest.raises(IncompatibleVLLMError, match=f"needs vLLM {SUPPORTED_TEXT}, but vLLM 9.9.9"):
         readings.check(OF_CONFIGURATION)

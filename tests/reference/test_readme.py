@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from vllm_capmoe.config import OPTIONS
+from vllm_capmoe.integration.compat import SUPPORTED, SUPPORTED_TEXT
 
 
 def test_the_flags_table_is_the_list_of_options(repo_root: Path) -> None:
@@ -22,17 +23,12 @@ def test_the_flags_table_is_the_list_of_options(repo_root: Path) -> None:
 
 def test_versions(repo_root: Path) -> None:
     """The releases of vLLM that are served, wherever they are named."""
-    compat = (repo_root / "vllm_capmoe" / "integration" / "compat.py").read_text()
-    found = re.search(r"^SUPPORTED = (.+)$", compat, re.M)
-    assert found is not None
-    served = ast.literal_eval(found.group(1))
-    texts = [f"{major}.{minor}" for major, minor in served]
-    assert f"vLLM {' and '.join(texts)}" in (repo_root / "README.md").read_text()
-    (major, first), (_, last) = served[0], served[-1]
+    assert f"vLLM {SUPPORTED_TEXT}. With another" in (repo_root / "README.md").read_text()
+    (major, first), (_, last) = SUPPORTED[0], SUPPORTED[-1]
     pinned = f"vllm>={major}.{first},<{major}.{last + 1}"
     assert f'"{pinned}"' in (repo_root / "pyproject.toml").read_text()
     made = re.findall(r'Release\("(\d+\.\d+)', (repo_root / ".ci" / "make_venv.py").read_text())
-    assert made == texts
+    assert made == [f"{major}.{minor}" for major, minor in SUPPORTED]
 
 
 def test_metrics_and_the_start_up_line(repo_root: Path) -> None:

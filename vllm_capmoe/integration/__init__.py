@@ -15,6 +15,7 @@ isolation       what scope `request` refuses           compile_cache    vLLM's k
 kernels         what vLLM's own kernels do with dropped assignments
 proof           every process has the same plugin and settings, or none serves
 compat          supported versions, and how vLLM is patched
+readings        what is read of vLLM, and what to do when it has moved
 """
 
 import functools

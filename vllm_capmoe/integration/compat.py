@@ -15,7 +15,8 @@ from typing import Any
 from packaging.version import Version
 
 SUPPORTED = ((0, 32), (0, 33))
-SUPPORTED_TEXT = " and ".join(".".join(map(str, release)) for release in SUPPORTED)
+_TEXTS = [".".join(map(str, release)) for release in SUPPORTED]
+SUPPORTED_TEXT = " and ".join(filter(None, [", ".join(_TEXTS[:-1]), _TEXTS[-1]]))
 _MARK = "__capmoe_wrapped__"
 
 Function = Callable[..., Any]
