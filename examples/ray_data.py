@@ -29,6 +29,8 @@ def engine_kwargs(ranks: int, mode: str, factor: float | str) -> dict[str, Any]:
         "max_model_len": 512,
         "enforce_eager": True,
         "additional_config": {"moe_capacity": {"mode": mode, "factor": factor}},
+        # A node without vllm-capmoe would take no notice of it, and serve without a limit.
+        "worker_extension_cls": "vllm_capmoe.Required",
     }
 
 

@@ -169,9 +169,10 @@ if __name__ == "__main__":
         model={model!r}, dtype="float32", enforce_eager=True, max_model_len=128,
         distributed_executor_backend={executor!r}, moe_capacity_mode="drop",
     ).create_engine_config()
+    executor = Executor.get_class(config)
     os.environ["VLLM_PLUGINS"] = "other"
     engine = LLMEngine(
-        vllm_config=config, executor_class=Executor.get_class(config), log_stats=False,
+        vllm_config=config, executor_class=executor, log_stats=False,
         multiprocess_mode={processes},
     )
     engine.get_supported_tasks()

@@ -1,21 +1,16 @@
 """Engines of two ranks for the tests, each in a process of its own, on the test platform."""
 
-import contextlib
 import json
-import secrets
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 from clusters import CLUSTER
 from engines import environment, free_port
+from ray_nodes import ray_head
 
 RUNNER = Path(__file__).with_name("run_ranks.py")
 
@@ -115,37 +110,6 @@ def ray_cluster(
 
     It gets along with another one beside it: none of its ports is Ray's default.
     """
-    ray = Path(sys.executable).with_name("ray")
-    folder = tmp_path_factory.mktemp("ray")
-    port = free_port()
-    # Without a token Ray would let anyone in who reaches the port.
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    command = [str(ray), "start", "--head", "--block", f"--port={port}", "--num-gpus=2"]
-    command += ["--num-cpus=8", "--include-dashboard=false", "--disable-usage-stats"]
-    command += ["--object-store-memory=100000000"]
-    command += [f"--metrics-export-port={urlsplit(ray_metrics).port}"]
-    for name in ("ray-client-server", "dashboard", "dashboard-agent-listen"):
-        command += [f"--{name}-port={free_port()}"]
-    log = folder / "ray.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            env=environment(**CLUSTER, **token),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while "Ray runtime started" not in log.read_text(errors="replace"):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.2)
-        yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **token}
-    finally:
-        # Politely it would drain the node first, for up to 30 s. Some end with others of them.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for each in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-        process.kill()
-        process.wait(30)
+    metrics = f"--metrics-export-port={urlsplit(ray_metrics).port}"
+    with ray_head(tmp_path_factory.mktemp("ray"), "--num-gpus=2", metrics) as cluster:
+        yield cluster

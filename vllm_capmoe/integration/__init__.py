@@ -6,6 +6,7 @@ settings        where the settings stand in vLLM's configuration
 checks          refuses what can't be served; layer_checks: what only a layer shows
 worker          a worker starts: activate the rest if a mode is on
 front_end       an engine is made: what its process needs, also where Ray Serve sent its settings
+required        for `worker_extension_cls`: no worker without this package
 families        which routers are served, how each scores
 router          capacity behind vLLM's router          step      decode tokens, request ids
 experts         our experts as a vLLM kernel           stats     counters on the device

@@ -5,10 +5,11 @@ sends it to the replica that serves, and there vLLM loads no plugin by itself: n
 published, and nobody would ask the engine cores for their proof.
 """
 
+from importlib import import_module
 from operator import itemgetter
 from typing import Any
 
-from vllm_capmoe.integration import compat, metrics, proof, readings
+from vllm_capmoe.integration import checks, compat, metrics, proof, readings
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.settings import capacity_config
 
@@ -26,9 +27,13 @@ def patches() -> list[Patch]:
 
 def _prepare_first(original: Function) -> Function:
     def get_class(vllm_config: Any) -> Any:
-        if capacity_config(vllm_config.additional_config).enabled:
+        config = capacity_config(vllm_config.additional_config)
+        if config.enabled:
+            checks.check_environment(config)
             readings.check(readings.OF_FRONT_ENDS)
             compat.apply(metrics.patches, proof.front_end_patches)
+            # Engine cores and workers read it without the package, too: `proof` says who and where.
+            _send_with(vllm_config, _Plugins())
         return original(vllm_config)
 
     return get_class
@@ -43,18 +48,34 @@ class _Plugins:
         return load_general_plugins, ()
 
 
+class _Required:
+    """It arrives only where this package is installed, and is registered there."""
+
+    def __reduce__(self) -> tuple[Function, tuple[str]]:
+        return import_module, ("vllm_capmoe.integration.required",)
+
+
 class _InstanceId(str):
-    """vLLM's name of an engine. Sent to another process, it is a plain string there, and brings
-    the plugins first."""
+    """vLLM's name of an engine. Sent to another process, it is a plain string there, and what it
+    `brings` comes first."""
 
-    def __reduce__(self) -> tuple[Function, tuple[tuple[str, _Plugins]]]:
-        return itemgetter(0), ((str(self), _Plugins()),)
+    brings: Any
+
+    def __reduce__(self) -> tuple[Function, tuple[tuple[str, Any]]]:
+        return itemgetter(0), ((str(self), self.brings),)
 
 
-def send_plugins_with(vllm_config: Any) -> None:
-    """Have the plugins loaded by the process that this configuration is sent to.
+def require_plugin(vllm_config: Any) -> None:
+    """Let this configuration be read only where this package is installed.
 
-    By functions of vLLM's and Python's: a process without this package reads it, too, see `proof`.
-    In a field that vLLM has, since it makes the configuration of a draft model by copying fields.
+    Until a front end has it: who makes an engine of it without the plugin would serve without a
+    mode, and nobody would ask for a proof.
     """
+    _send_with(vllm_config, _Required())
+
+
+def _send_with(vllm_config: Any, brings: Any) -> None:
+    """In a field that vLLM has, since it makes the configuration of a draft model by copying
+    fields."""
     vllm_config.instance_id = _InstanceId(vllm_config.instance_id)
+    vllm_config.instance_id.brings = brings
