@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+import cubins
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -25,7 +23,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from capmoe_kernels import experts, launch
 from capmoe_kernels import seats as seating
 
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NUM_SMS = {8: 108, 9: 132, 10: 148, 12: 170}
 TYPES = {
     torch.bfloat16: "bf16",
@@ -90,24 +87,14 @@ def stand_in(
 def facts(compiled: Any, name: str) -> dict[str, Any]:
     """What the compiler says of a kernel."""
     ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, local = map(int, found.groups())
+    usage = cubins.resources(compiled.asm["cubin"])
     waits = re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", compiled.asm["ttgir"])
     return {
         "kernel": name,
-        "registers": registers,
-        "stack": stack,
-        "local": local,
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "instructions": cubins.count(cubins.instructions(compiled.asm["cubin"]))._asdict(),
         "shared": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m\d+n\d+k\d+)", ptx))),

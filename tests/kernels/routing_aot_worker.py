@@ -3,9 +3,7 @@
 Run by test_routing_aot.py in a process of its own, since TRITON_INTERPRET=1 (set for the other
 tests) makes kernels that can't be compiled. Prints one JSON line per case and kernel.
 
-    python routing_aot_worker.py 90 [--table]
-
-For people: --table prints registers, shared memory and stack instead.
+    python routing_aot_worker.py 90
 """
 
 from __future__ import annotations
@@ -13,12 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+import cubins
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,7 +30,6 @@ from capmoe_kernels import (
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.plan import resolve
 
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MODULES = {
     "choose_kernel": _routing_kernels,
     "share_kernel": _routing_sharing,
@@ -215,47 +210,33 @@ def source(
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of a kernel, as cuobjdump has them. Spills are on the stack."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        output = subprocess.run(
-            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
-
-
-def main(arch: int, table: bool) -> None:
+def main(arch: int) -> None:
     for label, case in CASES.items():
         for name, args, kwargs in record(case):
             kernel_source, options = source(name, args, kwargs)
             compiled = triton.compile(
                 kernel_source, target=GPUTarget("cuda", arch, 32), options=options
             )
-            usage = resources(compiled.asm["cubin"])
+            usage = cubins.resources(compiled.asm["cubin"])
             ptx = compiled.asm["ptx"]
             line = {
                 "case": label,
+                "T": case.T,
+                "E": case.E,
+                "k": case.k,
                 "kernel": name,
                 "warps": options["num_warps"],
                 "registers": usage["REG"],
                 "stack": usage["STACK"],
                 "local": usage["LOCAL"],
                 "shared": compiled.metadata.shared,
+                "instructions": len(cubins.instructions(compiled.asm["cubin"])),
                 "float_atomics": len(re.findall(r"\b(?:atom|red)\.[\w.]*\.(?:f|bf)\d", ptx)),
                 "float_fma": len(re.findall(r"\bfma\.rn", ptx)),
                 "divisions": re.findall(r"\bdiv\.[\w.]+", ptx),
             }
-            if table:
-                numbers = ("warps", "registers", "shared", "stack")
-                print(f"{label:16}{name:15}", *(f"{n} {line[n]:<6}" for n in numbers))
-            else:
-                print(json.dumps(line), flush=True)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--table" in sys.argv)
+    main(int(sys.argv[1]))

@@ -7,33 +7,27 @@ in registers, and fit as many programs on a multiprocessor as the persistent gri
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
+from compiled_tables import CHIPS, MIXTRAL, MIXTRAL_TOKENS, experts_table, fits, run
+from cubins import BIN
 
 from capmoe_kernels.launch import Chip
 
-WORKER = Path(__file__).with_name("experts_aot_worker.py")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_SM = 65536  # 32-bit registers, compute capability 8.0 to 10.0
 
 pytestmark = [
-    pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton comes without NVIDIA's tools"),
+    pytest.mark.skipif(
+        not (BIN / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools"
+    ),
     pytest.mark.timeout(1800),  # the first test waits for all that the others look at
 ]
 
-# Coarse experts (one rank of Mixtral-8x7B holds all), fine ones (Qwen3-30B-A3B), odd ones.
-MIXTRAL = {"width": 2, "experts": 8, "hidden": 4096, "intermediate": 14336}
+# Fine experts (Qwen3-30B-A3B) beside the coarse ones of Mixtral, and odd ones.
 QWEN = {"width": 8, "experts": 128, "hidden": 2048, "intermediate": 768}
 GPT_OSS = {"width": 4, "experts": 32, "hidden": 2880, "intermediate": 2880}
 BIASED = {"activation": "swigluoai", "bias": True}
-# Tokens so that each row of launch.py's tables is met: 1, 20, 40, 120 and 2048 rows per expert.
-MIXTRAL_TOKENS = (1, 80, 160, 480, 8192)
 
 
 def _case(capability: tuple[int, int], tokens: int, shape: dict[str, int], **more: Any) -> Any:
@@ -46,7 +40,7 @@ def _case(capability: tuple[int, int], tokens: int, shape: dict[str, int], **mor
 CASES = [
     *(
         _case(capability, tokens, shape)
-        for capability in ((9, 0), (10, 0), (8, 0))
+        for capability in CHIPS
         for shape, all_tokens in ((MIXTRAL, MIXTRAL_TOKENS), (QWEN, (16, 8192)))
         for tokens in all_tokens
     ),
@@ -84,18 +78,9 @@ SEATS = [
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker says of each case, by the case as JSON."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     cases = [*(param.values[0] for param in CASES), *SEATS]
-    done = subprocess.run(
-        [sys.executable, WORKER, json.dumps(cases)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    cache = str(tmp_path_factory.mktemp("triton"))
+    lines = run("experts_aot_worker.py", json.dumps(cases), TRITON_CACHE_DIR=cache)
     return {json.dumps(line["case"]): line for line in lines}
 
 
@@ -139,6 +124,11 @@ def test_compiled(case: dict[str, Any], compiled: dict[str, Any]) -> None:
             assert kernel["wgmma_in_flight"] > 0, "each matrix instruction waits for the one before"
         else:
             assert kernel["tcgen05"] > 0
+
+
+def test_the_document_has_what_was_compiled(compiled: dict[str, Any]) -> None:
+    table = experts_table(compiled)
+    assert fits(table), f"docs/compiled_kernels.md is stale:\n{table}"
 
 
 @pytest.mark.parametrize("shape", [MIXTRAL, QWEN])

@@ -5,28 +5,13 @@ No GPU is needed: Triton's compiler and its assembler run without one.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from compiled_tables import ARCH, fits, routing_table, run
 
-WORKER = Path(__file__).with_name("routing_aot_worker.py")
 # Bytes that one program may use (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-
-def compile_all(arch: int, cache: Path) -> list[dict[str, Any]]:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, WORKER, str(arch)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +22,11 @@ def compile_all(arch: int, cache: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_kernels_compile_within_the_chip(arch: int, tmp_path: Path) -> None:
-    lines = compile_all(arch, tmp_path)
+    threads = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    lines = run("routing_aot_worker.py", str(arch), **threads)
+    if arch == ARCH:
+        table = routing_table(lines)
+        assert fits(table), f"docs/compiled_kernels.md is stale:\n{table}"
     launches: dict[str, list[str]] = {}
     for line in lines:
         launches.setdefault(line["case"], []).append(line["kernel"])
