@@ -142,7 +142,7 @@ def _validate(original: Function) -> Function:
         isolation.turn_prefix_caching_off(config, self)
         vllm_config = original(self, *args, **kwargs)
         checks.check_engine(config, vllm_config)
-        front_end.send_plugins_with(vllm_config)
+        front_end.require_plugin(vllm_config)
         return vllm_config
 
     return create_engine_config
