@@ -1,11 +1,15 @@
 """Routers of layers under a capacity mode, made as a model makes them, on tensors of the CPU."""
 
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.models.cohere2_moe import token_choice_with_bias
+from vllm.model_executor.models.gemma4 import Gemma4Router
+from vllm.model_executor.models.llama4 import Llama4MoE
 
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.integration import router as router_module
@@ -37,6 +41,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
         "e_score_correction_bias": BIAS,
     },
+    "cohere2: sigmoid by a function, renormalised": {
+        "renormalize": True,
+        "custom_routing_function": token_choice_with_bias,
+    },
+    "llama4: sigmoid by a function": {
+        "renormalize": False,
+        "custom_routing_function": Llama4MoE.custom_routing_function,
+    },
+    "gemma4: softmax by a function, renormalised, each expert scaled": {
+        "renormalize": True,
+        "custom_routing_function": MethodType(
+            Gemma4Router.routing_function, SimpleNamespace(per_expert_scale=1.0 + BIAS)
+        ),
+    },
 }
 
 MIXTRAL = MODELS["mixtral: softmax, renormalised"]
@@ -64,9 +82,11 @@ def make(
     tokens: StepTokens,
     backend: str = "torch",
     phantom: int | None = None,
+    size: tuple[int, int] = (E, K),
     **settings: Any,
 ) -> CapacityRouter:
-    """Through the wrapped factory, as a layer of a model gets its router."""
+    """Through the wrapped factory, as a layer of a model gets its router. size: E and k."""
+    experts, top_k = size
 
     def original(**kwargs: Any) -> CPURouter:
         names = ("eplb_state", "num_logical_experts")
@@ -80,14 +100,14 @@ def make(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.config.get_current_vllm_config", lambda: VllmConfig)
         made = router_module._make_router(original)(
-            top_k=K, global_num_experts=E, num_logical_experts=E, **asked
+            top_k=top_k, global_num_experts=experts, num_logical_experts=experts, **asked
         )
     assert isinstance(made, CapacityRouter)
-    plan = resolve(config, num_experts=E, top_k=K, renormalize=made.renormalize)
+    plan = resolve(config, num_experts=experts, top_k=top_k, renormalize=made.renormalize)
     made.bind(
         "layer",
         plan,
-        LayerStats.allocate("layer", E, torch.device("cpu")),
+        LayerStats.allocate("layer", experts, torch.device("cpu")),
         tokens,
         seed=0,
         expert_device_E=None,

@@ -1,8 +1,11 @@
 """`CapacityRouter` around vLLM's own routers, on tensors, without an engine."""
 
+import ast
+import importlib.util
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.models.phimoe import phimoe_routing_function
 
 from vllm_capmoe import CapacityConfig, route
 from vllm_capmoe.integration import custom_ops, families
@@ -69,8 +73,9 @@ def test_capacity_comes_after_the_models_choice(asked, tokens, context):
     assert all(h <= set(top) for h, top in zip(held, topk_ids.tolist(), strict=True))
     loads = torch.bincount(experts[experts >= 0].long(), minlength=E)
     assert loads.max() <= -(-T * K // (2 * E))  # ceil(0.5 * T * k / E)
-    scale = asked.get("routed_scaling_factor", 1.0)
-    sums = weights.sum(1) / scale
+    if made.expert_scale is not None:
+        weights = weights / made.expert_scale()[experts.clamp(min=0).long()]
+    sums = weights.sum(1) / asked.get("routed_scaling_factor", 1.0)
     if asked["renormalize"]:
         assert all(s == pytest.approx(1.0) for s, h in zip(sums.tolist(), held, strict=True) if h)
     counters = made.stats.counters()
@@ -151,6 +156,8 @@ def test_settings_do_in_a_layer_what_they_do_in_route(asked, tokens, context, se
     )
     weights, experts = made.route(logits, topk_ids)
     assert torch.equal(experts.int(), expected.experts)
+    if made.expert_scale is not None:
+        weights = weights / made.expert_scale()[experts.clamp(min=0).long()]
     torch.testing.assert_close(weights, expected.weights * made.scale)
     assert (expected.dropped > 0) == ("min_tokens" not in settings)
 
@@ -193,12 +200,10 @@ def test_a_drafts_layer_routes_as_vllm_and_counts_nothing(asked, tokens, context
     ("asked", "named"),
     [
         ({"custom_routing_function": lambda **_: None}, "custom routing function"),
+        ({"custom_routing_function": phimoe_routing_function}, "an expert has no score of its own"),
         ({"zero_expert_type": "identity"}, "zero expert type"),
         ({"num_fused_shared_experts": 1}, "num fused shared experts"),
-        ({"hash_indices_table": torch.zeros(3)}, "hash indices table"),
-        ({"bias_vl": torch.zeros(3)}, "bias vl"),
         ({"scoring_func": "relu"}, "scores by relu"),
-        ({"bias_vl": torch.zeros(E)}, "bias vl"),
     ],
 )
 def test_routers_whose_scores_are_unknown_are_refused(asked, named):
@@ -243,7 +248,7 @@ def test_a_routing_function_of_a_family_is_served_once_it_is_known(
     with pytest.raises(ValueError, match="custom routing function"):
         make(asked, tokens, mode="drop", factor=1.0)
     monkeypatch.setitem(families.SCORING, "square", torch.square)
-    monkeypatch.setitem(families.FUNCTIONS, name, "square")
+    monkeypatch.setitem(families.FUNCTIONS, name, families.Function("square"))
     routing = SimpleNamespace(prepare_limits=lambda *_: None)
     monkeypatch.setitem(sys.modules, "capmoe_kernels.routing", routing)
     routing.route_triton = lambda scores, plan, *, scoring, counters, **step: (
@@ -258,6 +263,59 @@ def test_a_routing_function_of_a_family_is_served_once_it_is_known(
     expected = route(logits.square(), K, CapacityConfig(mode="drop", factor=1.0), topk_ids=ids)
     assert torch.equal(got[0], expected.weights) and torch.equal(got[1], expected.experts)
     assert made.plain is False and expected.dropped > 0
+
+
+@pytest.mark.parametrize("chosen_by", ["hash_indices_table", "e_score_correction_bias"])
+def test_layers_of_deepseek_v4_drop_by_their_scores(tokens, context, chosen_by):
+    """Tables of token ids, or biases, say which experts; the scores what they weigh."""
+    experts, top_k = 128, 6  # vLLM's kernels for the CPU know few sizes
+    generator = torch.Generator().manual_seed(9)
+    table = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(99)])
+    bias = torch.randn(experts, generator=generator)
+    asked = {"renormalize": True, "scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5}
+    asked[chosen_by] = table.int() if chosen_by == "hash_indices_table" else bias
+    ids = torch.randint(99, (T,), generator=generator)
+    logits = torch.randn(T, experts, generator=generator)
+    free = make(asked, tokens, mode="drop", factor="inf", size=(experts, top_k))
+    theirs = free.inner._compute_routing(logits, logits, None, input_ids=ids)
+    if chosen_by == "hash_indices_table":
+        assert torch.equal(theirs[1].sort(1).values, asked[chosen_by][ids].sort(1).values)
+    ours = free._compute_routing(logits, logits, None, input_ids=ids)
+    assert not free.plain and free.scale == 1.5
+    dense = [torch.zeros(T, experts).scatter(1, e.long(), w) for w, e in (ours, theirs)]
+    torch.testing.assert_close(*dense, rtol=1e-5, atol=1e-6)
+    limited = {"mode": "drop", "factor": 0.5, "min_capacity": 1}
+    made = make(asked, tokens, size=(experts, top_k), **limited)
+    weights, held = made._compute_routing(logits, logits, None, input_ids=ids)
+    scores = torch.nn.functional.softplus(logits).sqrt()
+    expected = route(scores, top_k, CapacityConfig(**limited), topk_ids=theirs[1], renormalize=True)
+    assert torch.equal(held.int(), expected.experts) and expected.dropped > 0
+    torch.testing.assert_close(weights, 1.5 * expected.weights)
+
+
+def test_an_experts_scale_is_that_of_the_moment(tokens, context):
+    asked = MODELS["gemma4: softmax by a function, renormalised, each expert scaled"]
+    made = make(asked, tokens, mode="drop", factor="inf")
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(7))
+    ids = logits.topk(K).indices
+    before, _ = made.route(logits, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        owner = asked["custom_routing_function"].__self__
+        patch.setattr(owner, "per_expert_scale", 2 * owner.per_expert_scale)
+        assert torch.equal(made.route(logits, ids)[0], 2 * before)
+
+
+def test_every_function_that_is_named_is_one_of_vllms():
+    """Read from its files: some models need packages that aren't here."""
+    for full_name in [*families.FUNCTIONS, *families.UNSERVED_FUNCTIONS]:
+        module, _, rest = full_name.partition(".models.")
+        file, *names = rest.split(".")
+        spec = importlib.util.find_spec(f"{module}.models")
+        folder = Path(spec.submodule_search_locations[0])
+        body: Any = ast.parse((folder / f"{file}.py").read_text()).body
+        for name in names:
+            (found,) = [node for node in body if getattr(node, "name", None) == name]
+            body = getattr(found, "body", [])
 
 
 def test_capacity_counts_the_models_experts_not_their_replicas():
@@ -280,6 +338,7 @@ def test_which_routers_choose_the_highest_scores_and_which_scale():
         (cpu, factor, True, 1.0),
         (cpu, {**factor, "use_grouped_topk": True}, False, 2.5),
         (cpu, {**factor, "e_score_correction_bias": BIAS}, False, 2.5),
+        (cpu, {**factor, "bias_vl": BIAS}, False, 2.5),
         (biased, {**factor, "e_score_correction_bias": BIAS}, False, 2.5),
     ):
         made = factory(lambda inner=inner, **_: inner, **asked)

@@ -27,15 +27,45 @@ SCORING: dict[str, Callable[[Tensor], Tensor]] = {
 inside; it gets the scores of all others.
 """
 
-FUNCTIONS: dict[str, str] = {}
-"""Routing functions of models that choose by themselves, by module and name as vLLM has them: the
-scoring whose numbers they return as weights (before they renormalise, if they are asked to).
-"""
+
+@dataclass(frozen=True)
+class Function:
+    """A routing function of a model, of which more is known than what it returns.
+
+    scoring: a key of `SCORING`: the numbers that it returns as weights, before it renormalises
+        them if it is asked to.
+    expert_scale: where the function is a method, the attribute of its object that holds factors
+        [E], by which it multiplies the weights of each expert at last.
+    """
+
+    scoring: str
+    expert_scale: str = ""
+
+
+_MODELS = "vllm.model_executor.models"
+FUNCTIONS = {
+    f"{_MODELS}.cohere2_moe.token_choice_with_bias": Function("sigmoid"),
+    f"{_MODELS}.gemma4.Gemma4Router.routing_function": Function("softmax", "per_expert_scale"),
+    f"{_MODELS}.interns1_pro.InternS1ProMoeSparseMoeBlock._custom_routing_function": Function(
+        "softmax"
+    ),
+    # It weighs the input of its one expert; layer_checks.check_weights has what follows from that.
+    f"{_MODELS}.llama4.Llama4MoE.custom_routing_function": Function("sigmoid"),
+}
+"""Routing functions of models that choose by themselves, by module and name as vLLM has them."""
+
+UNSERVED_FUNCTIONS = {
+    f"{_MODELS}.phimoe.phimoe_routing_function": "it weighs its second expert by what the first "
+    "leaves, so that an expert has no score of its own",
+}
+"""Those that were looked at, and why they are refused."""
 
 # Arguments of create_fused_moe_router under which the scores of all experts are not known to us,
 # or the chosen rows hold more than routed experts.
 _UNSERVED = ("zero_expert_type", "num_fused_shared_experts")
-_UNSERVED_TENSORS = ("hash_indices_table", "bias_vl")
+# Arguments by which vLLM's router chooses otherwise than by the highest scores, and applies the
+# routed scaling factor: groups, biases (of text and of images), a table by token ids.
+_CHOOSING = ("e_score_correction_bias", "hash_indices_table", "bias_vl")
 
 
 @dataclass(frozen=True)
@@ -43,12 +73,14 @@ class Family:
     """How the router of a layer scores and chooses.
 
     scoring: a key of `SCORING`. scale: the factor that it multiplies its weights with. plain:
-    whether it chooses the experts of the highest scores, without more ado.
+    whether it chooses the experts of the highest scores, without more ado. expert_scale: what
+    returns the factors of the experts' weights, float [E], as they are then; None without any.
     """
 
     scoring: str
     scale: float
     plain: bool
+    expert_scale: Callable[[], Tensor] | None = None
 
 
 def family_of(config: CapacityConfig, inner: Any, asked: Mapping[str, Any]) -> Family:
@@ -57,27 +89,34 @@ def family_of(config: CapacityConfig, inner: Any, asked: Mapping[str, Any]) -> F
     Raises:
         ValueError: it isn't served.
     """
-    function = asked.get("custom_routing_function")
-    scoring: str | None = asked.get("scoring_func", "softmax")
-    refused = []
-    if function is not None:
-        name = f"{function.__module__}.{getattr(function, '__qualname__', '')}"
-        scoring = FUNCTIONS.get(name)
-        refused = [] if scoring else ["custom_routing_function"]
-    refused += [name for name in _UNSERVED if asked.get(name) not in (None, 0)]
-    refused += [name for name in _UNSERVED_TENSORS if asked.get(name) is not None]
-    if refused or scoring not in SCORING or not isinstance(inner, BaseRouter):
-        what = refused[0].replace("_", " ") if refused else f"scores by {scoring}"
+    routing = asked.get("custom_routing_function")
+    known, reason = None, ""
+    if routing is not None:
+        name = f"{routing.__module__}.{getattr(routing, '__qualname__', '')}"
+        known, reason = FUNCTIONS.get(name), UNSERVED_FUNCTIONS.get(name, "custom routing function")
+    unserved = [name for name in _UNSERVED if asked.get(name) not in (None, 0)]
+    scoring: str = known.scoring if known else asked.get("scoring_func", "softmax")
+    if routing is None or known:
+        reason = unserved[0].replace("_", " ") if unserved else ""
+    if not reason and not (scoring in SCORING and isinstance(inner, BaseRouter)):
+        reason = f"scores by {scoring}"
+    if reason:
         raise ValueError(
-            f"{config.asked}, but this model's layers route with "
-            f"{type(inner).__name__} ({what}): accepted are top-k routers over softmax, "
-            "sigmoid or sqrtsoftplus scores, with or without groups and biases."
+            f"{config.asked}, but this model's layers route with {type(inner).__name__} "
+            f"({reason}): accepted are top-k routers over softmax, sigmoid or sqrtsoftplus scores, "
+            "with or without groups, biases or a table of token ids."
         )
-    grouped = asked.get("use_grouped_topk") or asked.get("e_score_correction_bias") is not None
-    plain = type(inner) is FusedTopKRouter or (type(inner) is CPURouter and not grouped)
+    chooses = asked.get("use_grouped_topk") or any(asked.get(x) is not None for x in _CHOOSING)
+    plain = type(inner) is FusedTopKRouter or (type(inner) is CPURouter and not chooses)
     return Family(
         scoring=scoring,
         # vLLM's plain top-k router doesn't apply the factor; the others do.
-        scale=asked.get("routed_scaling_factor", 1.0) if grouped else 1.0,
-        plain=plain and function is None,
+        scale=asked.get("routed_scaling_factor", 1.0) if chooses else 1.0,
+        plain=plain and routing is None,
+        expert_scale=_expert_scale(routing, known) if known and known.expert_scale else None,
     )
+
+
+def _expert_scale(routing: Any, known: Function) -> Callable[[], Tensor]:
+    """Looked up with every call: a model's parameters may be replaced."""
+    return lambda: getattr(routing.__self__, known.expert_scale)

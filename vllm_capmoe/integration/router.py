@@ -11,6 +11,7 @@ that torch.compile sees an opaque call of known shape on every platform.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class CapacityRouter(BaseRouter):
         renormalize: whether the model rescales the chosen weights to sum to one.
         scale: the routed scaling factor that `inner` multiplies its weights with.
         plain: whether `inner` chooses the experts of the highest scores, without more ado.
+        expert_scale: what returns the factors of the experts' weights, float [E], if it has any.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class CapacityRouter(BaseRouter):
         renormalize: bool,
         scale: float,
         plain: bool,
+        expert_scale: Callable[[], Tensor] | None = None,
     ):
         super().__init__(top_k, inner.global_num_experts, eplb_state=inner.eplb_state)
         self.inner = inner
@@ -72,6 +75,7 @@ class CapacityRouter(BaseRouter):
         self.renormalize = renormalize
         self.scale = scale
         self.plain = plain
+        self.expert_scale = expert_scale
         # Known once the whole model is there, see `bind` and `bind_draft`.
         self.is_draft = False
         self.layer_name: str = ""
@@ -284,9 +288,10 @@ class CapacityRouter(BaseRouter):
         held = self.hold(router_logits, topk_ids)
         if held is not None:
             experts = torch.from_numpy(held.held_TK.astype(np.int32))
-            return self._scaled(torch.from_numpy(held.weights_TK)), experts
+            return self._scaled(torch.from_numpy(held.weights_TK), experts), experts
         selection, is_padding = self.decide(router_logits, topk_ids)
-        weights, experts = self._scaled(selection.weights), selection.experts
+        experts = selection.experts
+        weights = self._scaled(selection.weights, experts)
         if self.keeps_seats:
             assert selection.seats is not None
             self._seats = (router_logits.shape[0], selection.seats)
@@ -367,7 +372,9 @@ class CapacityRouter(BaseRouter):
         )
         return rows * plan.top_k + num_local * (whole + groups * (plan.min_capacity + 1))
 
-    def _scaled(self, weights: Tensor) -> Tensor:
+    def _scaled(self, weights: Tensor, experts: Tensor) -> Tensor:
+        if self.expert_scale is not None:  # an unused place has weight 0
+            weights = weights * self.expert_scale().float()[experts.clamp(min=0).long()]
         return weights if self.scale == 1.0 else weights * self.scale
 
     def _scores(self, router_logits: Tensor) -> Tensor:
@@ -413,6 +420,7 @@ def _make_router(original: Function) -> Function:
             renormalize=kwargs.get("renormalize", True),
             scale=family.scale,
             plain=family.plain,
+            expert_scale=family.expert_scale,
         )
 
     return create_fused_moe_router
