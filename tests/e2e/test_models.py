@@ -60,6 +60,44 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 64,
         },
     ),
+    # These choose by functions of their own.
+    "cohere2-moe": (
+        "Cohere2MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "expert_selection_fn": "sigmoid",
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "logit_scale": 1.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 128,
+            "intermediate_size_mlp": 128,
+            "head_dim": 32,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 128,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 32000,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 GLM = (
     "Glm4MoeConfig",

@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to send a function of the tests to a worker
     "PYTHONFAULTHANDLER": "1",
+    # A client that gets no core for 5 s must not send its next request into a closing connection.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 
 
