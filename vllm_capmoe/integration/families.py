@@ -60,9 +60,11 @@ UNSERVED_FUNCTIONS = {
 }
 """Those that were looked at, and why they are refused."""
 
-# Arguments of create_fused_moe_router under which the scores of all experts are not known to us,
-# or the chosen rows hold more than routed experts.
-_UNSERVED = ("zero_expert_type", "num_fused_shared_experts")
+# Arguments of create_fused_moe_router under which a row holds more than routed experts, and what.
+_UNSERVED = {
+    "zero_expert_type": "experts that compute nothing stand in the top-k beside the others",
+    "num_fused_shared_experts": "shared experts stand in the rows of the routed ones",
+}
 # Arguments by which vLLM's router chooses otherwise than by the highest scores, and applies the
 # routed scaling factor: groups, biases (of text and of images), a table by token ids.
 _CHOOSING = ("e_score_correction_bias", "hash_indices_table", "bias_vl")
@@ -90,16 +92,10 @@ def family_of(config: CapacityConfig, inner: Any, asked: Mapping[str, Any]) -> F
         ValueError: it isn't served.
     """
     routing = asked.get("custom_routing_function")
-    known, reason = None, ""
-    if routing is not None:
-        name = f"{routing.__module__}.{getattr(routing, '__qualname__', '')}"
-        known, reason = FUNCTIONS.get(name), UNSERVED_FUNCTIONS.get(name, "custom routing function")
-    unserved = [name for name in _UNSERVED if asked.get(name) not in (None, 0)]
+    name = "" if routing is None else f"{routing.__module__}.{getattr(routing, '__qualname__', '')}"
+    known = FUNCTIONS.get(name)
     scoring: str = known.scoring if known else asked.get("scoring_func", "softmax")
-    if routing is None or known:
-        reason = unserved[0].replace("_", " ") if unserved else ""
-    if not reason and not (scoring in SCORING and isinstance(inner, BaseRouter)):
-        reason = f"scores by {scoring}"
+    reason = _unserved(inner, asked, name, scoring)
     if reason:
         raise ValueError(
             f"{config.asked}, but this model's layers route with {type(inner).__name__} "
@@ -115,6 +111,18 @@ def family_of(config: CapacityConfig, inner: Any, asked: Mapping[str, Any]) -> F
         plain=plain and routing is None,
         expert_scale=_expert_scale(routing, known) if known and known.expert_scale else None,
     )
+
+
+def _unserved(inner: Any, asked: Mapping[str, Any], function: str, scoring: str) -> str:
+    """Why a router isn't served, empty if it is. function: its own, by name."""
+    if function and function not in FUNCTIONS:
+        return UNSERVED_FUNCTIONS.get(function, "custom routing function")
+    for argument, why in _UNSERVED.items():
+        if asked.get(argument) not in (None, 0):
+            return f"{argument.replace('_', ' ')}: {why}"
+    if scoring not in SCORING or not isinstance(inner, BaseRouter):
+        return f"scores by {scoring}"
+    return ""
 
 
 def _expert_scale(routing: Any, known: Function) -> Callable[[], Tensor]:
