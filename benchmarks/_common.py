@@ -439,19 +439,41 @@ def verdict(goal: str, value: float, passes: Callable[[float], bool], count: int
     print(f"{word:5} {goal}: {shown} ({count} rows)")
 
 
+def write_rows(
+    path: Path, head: Sequence[str], columns: Sequence[str], rows: Iterable[dict[str, Any]]
+) -> None:
+    """A CSV file as a whole: lines about it, the columns' names, then rows with 4 digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"{line}\n" for line in head)
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    print(path)
+
+
+def pyplot_for(path: Path) -> Any:
+    """matplotlib's pyplot, to draw `path` without a screen; None, and a line, without it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no matplotlib, so no {path.name}: draw it from the CSV elsewhere")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def plot_lines(
     path: Path, title: str, axes: tuple[str, str], lines: dict[str, list[tuple[float, float]]],
     level: float | None = None,
 ) -> None:  # fmt: skip
     """A PNG of lines (x logarithmic); `level`: a dashed line at the goal."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no matplotlib, so no {path.name}: draw it from the CSV elsewhere")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for name, points in lines.items():
         xs, ys = zip(*sorted(points), strict=True)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import csv
 import os
 import sys
 import time
@@ -41,8 +40,10 @@ from _common import (
     make_layer,
     make_plan,
     output_folder,
+    pyplot_for,
     router_logits,
     today,
+    write_rows,
 )
 
 PAPER = ("mixtral-8x7b", "olmoe", "deepseek-v2-lite", "qwen1.5-moe")
@@ -285,26 +286,11 @@ def record(model: Path, path: Path) -> int:
 # --- Results -----------------------------------------------------------------------------------
 
 
-def write(rows: list[dict[str, Any]], head: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"{line}\n" for line in head)
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    print(path)
-
-
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel per model: projected speed-up over ranks; stars are the paper's figures."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no matplotlib, so no {path.name}")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(
@@ -367,7 +353,7 @@ def main() -> int:
         rows += project(shape, curve, args)
     quick = "-quick" * args.quick
     path = args.out or output_folder() / f"{today()}-straggler_project-cpu{quick}.csv"
-    write(rows, head, path)
+    write_rows(path, head, COLUMNS, rows)
     if not args.no_plot:
         plot(rows, path.with_suffix(".png"))
     for row in rows:

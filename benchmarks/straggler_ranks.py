@@ -29,7 +29,6 @@ nothing is dropped; with one no load passes it); then timed rounds; CSV; plot. C
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -315,25 +314,18 @@ def write(
         f"tokens a step; {args.rounds} rounds; wanted factor {args.factor}; load average at the "
         f"end {os.getloadavg()[0]:.1f} (this benchmark included)"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"{line}\n" for line in [*head, f"# {about}"])
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    print(path)
+    from _common import write_rows
+
+    write_rows(path, [*head, f"# {about}"], COLUMNS, rows)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars: gain in the MoE layers and of the whole step, with the ideal as a mark."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no matplotlib, so no {path.name}")
+    from _common import pyplot_for
+
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     shown = rows[1:]
     figure, axis = pyplot.subplots(figsize=(10, 4.5))

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from capmoe_kernels.activations import ACTIVATIONS, Activation, resolve_activation
+from capmoe_kernels.checks import check_experts, check_tensor
 
 __all__ = [
     "ACTIVATIONS",
@@ -38,8 +39,6 @@ __all__ = [
 # Rows of one product. 512 reach the same FLOP/s as 2048 on an EPYC with AVX-512 BF16, keep the
 # temporaries of an expert in the cache, and bound the number of shapes that oneDNN compiles.
 MAX_ROWS = 512
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _split(act: Activation, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +148,7 @@ def prepare_weights(
     act = resolve_activation(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
-    _check_weights(w13, w2, w13_bias, w2_bias, act)
+    check_experts(w13, w2, w13_bias, w2_bias, act.gated)
     num_experts, hidden, intermediate = w2.shape
     if w13.device.type != "cpu" or not _can_pack(w13.dtype) or 0 in (hidden, intermediate):
         return None
@@ -254,7 +253,7 @@ def fused_experts_torch(
     act = resolve_activation(
         activation, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta
     )
-    _check_weights(w13, w2, w13_bias, w2_bias, act)
+    check_experts(w13, w2, w13_bias, w2_bias, act.gated)
     b13 = None if w13_bias is None else w13_bias.to(w13.dtype)
     b2 = None if w2_bias is None else w2_bias.to(w2.dtype)
     experts = _PlainExperts(act, w13.shape[0], w13.shape[2], w13.dtype, w13, w2, b13, b2)
@@ -364,43 +363,22 @@ def _assignments(
     low, high = (int(v) for v in local.aminmax()) if local.numel() else (-1, -1)
     num_ids = num_experts if expert_map is None else expert_map.shape[0]
     if low < -1 or high >= num_ids:
-        raise ValueError(f"experts_TK holds ids {low} to {high}, expected -1 to {num_ids - 1}")
+        raise ValueError(
+            f"experts_TK holds ids {low} to {high}, but they must be from -1 to {num_ids - 1}."
+        )
     if expert_map is not None:
         # A last entry -1 serves the index -1.
         with_none = torch.cat([expert_map, expert_map.new_full((1,), -1)])
         local = with_none[local.long()]
         if local.numel() and int(local.max()) >= num_experts:
             raise ValueError(
-                f"expert_map leads to expert {int(local.max())}, expected at most "
-                f"{num_experts - 1} (w13 holds {num_experts})"
+                f"expert_map leads to expert {int(local.max())}, but it must be at most "
+                f"{num_experts - 1}: w13 holds {num_experts}."
             )
     order = local.argsort(stable=True)
     counts: list[int] = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
     slots_S = torch.cat([order[counts[0] :], order.new_zeros(MAX_ROWS // 32)])
     return slots_S // max(1, experts_TK.shape[1]), slots_S, counts[1:]
-
-
-def _check_weights(
-    w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None, act: Activation
-) -> None:
-    """ValueError unless the weights fit together."""
-    if w13.dim() != 3 or w2.dim() != 3:
-        raise ValueError(
-            f"w13 and w2 have shapes {list(w13.shape)} and {list(w2.shape)}, "
-            "expected three dimensions each"
-        )
-    num_experts, hidden, intermediate = w2.shape
-    wide = 2 * intermediate if act.gated else intermediate
-    _check_shape("w13", w13, (num_experts, wide, hidden), f"w2 {list(w2.shape)} and {act.name}")
-    if w13.dtype not in _FLOATS or w2.dtype != w13.dtype:
-        raise ValueError(
-            f"w13 is {w13.dtype} and w2 {w2.dtype}, expected the same of bfloat16, float16, float32"
-        )
-    for name, bias, width in (("w13_bias", w13_bias, wide), ("w2_bias", w2_bias, hidden)):
-        if bias is not None:
-            _check_shape(name, bias, (num_experts, width), f"w2 {list(w2.shape)}")
-            if bias.dtype not in _FLOATS:
-                raise ValueError(f"{name} is {bias.dtype}, expected {w13.dtype}")
 
 
 def _check_call(
@@ -412,36 +390,19 @@ def _check_call(
     out: Tensor | None,
 ) -> None:
     """ValueError unless the tensors of one call fit each other and the weights."""
-    if hidden_TH.dim() != 2 or hidden_TH.shape[1] != experts.hidden_size:
-        raise ValueError(
-            f"hidden_TH has shape {list(hidden_TH.shape)}, expected "
-            f"[T, {experts.hidden_size}] by the weights"
-        )
-    if hidden_TH.dtype != experts.dtype:
-        raise ValueError(f"hidden_TH is {hidden_TH.dtype}, expected {experts.dtype} as the weights")
-    if experts_TK.dim() != 2 or experts_TK.shape[0] != hidden_TH.shape[0]:
-        raise ValueError(
-            f"experts_TK has shape {list(experts_TK.shape)}, expected "
-            f"[{hidden_TH.shape[0]}, K] by hidden_TH"
-        )
-    if experts_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"experts_TK is {experts_TK.dtype}, expected int32 or int64")
-    _check_shape("weights_TK", weights_TK, tuple(experts_TK.shape), "experts_TK")
-    if weights_TK.dtype != torch.float32:
-        raise ValueError(f"weights_TK is {weights_TK.dtype}, expected torch.float32")
-    if expert_map is not None and (expert_map.dim() != 1 or expert_map.dtype != torch.int32):
-        raise ValueError(
-            f"expert_map is {expert_map.dtype} {list(expert_map.shape)}, expected "
-            "torch.int32 with one dimension"
-        )
-    if out is not None:
-        _check_shape("out", out, tuple(hidden_TH.shape), "hidden_TH")
-        if out.dtype != hidden_TH.dtype:
-            raise ValueError(f"out is {out.dtype}, expected {hidden_TH.dtype} as hidden_TH")
-
-
-def _check_shape(name: str, value: Tensor, expected: tuple[int, ...], reason: str) -> None:
-    if tuple(value.shape) != expected:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}, expected {list(expected)} by {reason}"
-        )
+    shape: tuple[int | str, ...] = ("T", experts.hidden_size)
+    check_tensor("hidden_TH", hidden_TH, dtypes=[experts.dtype], shape=shape, fits="w13")
+    ids, shape = [torch.int32, torch.int64], (hidden_TH.shape[0], "K")
+    check_tensor("experts_TK", experts_TK, dtypes=ids, shape=shape, fits="hidden_TH")
+    check_tensor(
+        "weights_TK", weights_TK, dtypes=[torch.float32], shape=experts_TK.shape, fits="experts_TK"
+    )
+    check_tensor("expert_map", expert_map, dtypes=[torch.int32], shape=("E",), optional=True)
+    check_tensor(
+        "out",
+        out,
+        dtypes=[hidden_TH.dtype],
+        shape=hidden_TH.shape,
+        fits="hidden_TH",
+        optional=True,
+    )

@@ -12,6 +12,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from capmoe_kernels.checks import FLOATS, INTEGERS, check_beside, check_tensor
 from capmoe_kernels.contract import NO_LIMIT, Plan, Selection
 from vllm_capmoe.config import CapacityConfig
 from vllm_capmoe.plan import resolve
@@ -19,8 +20,6 @@ from vllm_capmoe.torch_routing import route_torch
 
 __all__ = ["NO_LIMIT", "Routing", "route"]
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "torch", "triton")
 _SIZE_LIMIT = 2**29  # of T * E and groups * bins: sort keys of the routing are 63 bits wide
 _MAX_DEVICES = 2**12  # a mistaken huge id would ask for as many limits
@@ -187,16 +186,16 @@ def route(
         raise ValueError(f"renormalize is {renormalize!r}, but it must be True or False.")
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k is {top_k}, but it must be from 1 to {E}, the experts of scores.")
-    _check_tensor("topk_ids", topk_ids, _INTEGERS, (T, top_k), scores)
+    check_beside("topk_ids", topk_ids, INTEGERS, (T, top_k), scores)
     for name, mask in (
         ("is_padding", is_padding),
         ("is_decode", is_decode),
         ("is_image", is_image),
     ):
-        _check_tensor(name, mask, (torch.bool,), (T,), scores)
-    _check_tensor("request_ids", request_ids, _INTEGERS, (T,), scores)
-    _check_tensor("expert_device", expert_device, _INTEGERS, (E,), scores)
-    _check_tensor("token_device", token_device, _INTEGERS, (T,), scores)
+        check_beside(name, mask, (torch.bool,), (T,), scores)
+    check_beside("request_ids", request_ids, INTEGERS, (T,), scores)
+    check_beside("expert_device", expert_device, INTEGERS, (E,), scores)
+    check_beside("token_device", token_device, INTEGERS, (T,), scores)
     core = _core(backend, scores)
 
     real = torch.ones(T, dtype=torch.bool, device=scores.device)
@@ -298,14 +297,9 @@ def _core(backend: str, scores: Tensor) -> Callable[..., Selection]:
 
 
 def _check_scores(scores: Tensor) -> tuple[int, int]:
-    if not isinstance(scores, Tensor):
-        raise ValueError(f"scores is a {type(scores).__name__}, but it must be a tensor.")
-    if scores.dim() != 2 or scores.shape[1] < 1:
-        raise ValueError(
-            f"scores has the shape {list(scores.shape)}, but it must be [T, E] with E >= 1."
-        )
-    if scores.dtype not in _FLOATS:
-        raise ValueError(f"scores is {scores.dtype}, but it must be one of {_names(_FLOATS)}.")
+    check_tensor("scores", scores, dtypes=FLOATS, shape=("T", "E"))
+    if scores.shape[1] < 1:
+        raise ValueError(f"scores has the shape {list(scores.shape)}, but E must be at least 1.")
     return scores.shape[0], scores.shape[1]
 
 
@@ -317,34 +311,6 @@ def _check_int(name: str, value: SupportsIndex) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}, but it must be an int.") from None
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)
-
-
-def _check_tensor(
-    name: str,
-    tensor: Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-    scores: Tensor,
-) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}, but it must be a tensor or None.")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, but it must be one of {_names(dtypes)}.")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} has the shape {list(tensor.shape)}, but it must be {list(shape)} (scores is "
-            f"{list(scores.shape)})."
-        )
-    if tensor.device != scores.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, but it must be on {scores.device}, as scores is."
-        )
 
 
 def _check_devices(name: str, devices: Tensor) -> None:

@@ -1,16 +1,14 @@
-"""What the routing accepts: checks raise ValueError with the argument, what came and what fits.
+"""What the routing accepts of scores, plan and the tensors beside them, as `checks` says it."""
 
-Host only, and only of what the host knows: shapes, types, devices, the plan.
-"""
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from capmoe_kernels._routing_bids import METRICS
+from capmoe_kernels.checks import FLOATS, check_beside, check_runs, check_tensor
 from capmoe_kernels.contract import Plan
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MAX_EXPERTS = 1024  # a program holds whole rows of scores in registers
 _SIZE_LIMIT = 2**30  # of T * E: the part of a bid that holds token and expert has 30 bits
 _TABLE_LIMIT = 2**31
@@ -18,22 +16,8 @@ _BINS_LIMIT = 2**29  # of groups * bins: a tag is 4 * group + 3 in 31 bits
 
 
 def check_scores(scores_TE: Tensor, plan: Plan, interpreted: bool) -> None:
-    if not isinstance(scores_TE, Tensor):
-        raise ValueError(f"scores_TE is a {type(scores_TE).__name__}, but it must be a tensor.")
-    E = plan.num_experts
-    if scores_TE.dim() != 2 or scores_TE.shape[1] != E:
-        raise ValueError(
-            f"scores_TE has the shape {list(scores_TE.shape)}, but it must be [T, {E}], for the "
-            f"{E} experts of plan."
-        )
-    if scores_TE.dtype not in _FLOATS:
-        names = ", ".join(str(dtype) for dtype in _FLOATS)
-        raise ValueError(f"scores_TE is {scores_TE.dtype}, but it must be one of {names}.")
-    if not scores_TE.is_cuda and not interpreted:
-        raise ValueError(
-            f"scores_TE is on {scores_TE.device}, but it must be on a CUDA device (or on the CPU "
-            "under Triton's interpreter, TRITON_INTERPRET=1)."
-        )
+    check_tensor("scores_TE", scores_TE, dtypes=FLOATS, shape=("T", plan.num_experts), fits="plan")
+    check_runs("scores_TE", scores_TE, interpreted)
 
 
 def check_plan(plan: Plan, T: int, groups: int) -> None:
@@ -68,29 +52,15 @@ def check_plan(plan: Plan, T: int, groups: int) -> None:
         )
 
 
-def check_tensor(
+def check_one(
     name: str,
     tensor: Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: Sequence[torch.dtype],
     shape: tuple[int, ...],
     scores_TE: Tensor,
     needed: bool,
 ) -> None:
-    if tensor is None:
-        if needed:
-            raise ValueError(f"{name} is None, but this plan needs a tensor {list(shape)}.")
-        return
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}, but it must be a tensor or None.")
-    if tensor.dtype not in dtypes:
-        names = ", ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} is {tensor.dtype}, but it must be one of {names}.")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} has the shape {list(tensor.shape)}, but it must be {list(shape)} (the scores "
-            f"are {list(scores_TE.shape)})."
-        )
-    if tensor.device != scores_TE.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, but it must be on {scores_TE.device}, as the scores."
-        )
+    """A tensor beside the scores. needed: this plan can't do without."""
+    if tensor is None and needed:
+        raise ValueError(f"{name} is None, but this plan needs a tensor {list(shape)}.")
+    check_beside(name, tensor, dtypes, shape, scores_TE)

@@ -172,10 +172,10 @@ def resolve_activation(
     }
     act = _TABLE.get(_ALIASES.get(name, name))
     if act is None:
-        raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation is {name!r}, but it must be one of {', '.join(ACTIVATIONS)}.")
     for argument in act.required:
         if given[argument] is None:
-            raise ValueError(f"activation {name!r} has {argument} None, expected a number")
+            raise ValueError(f"activation {name!r} has {argument} None, but it must be a number.")
     parameters: dict[str, Any] = {field: given[argument] for argument, field in act.arguments}
     changes = {field: value for field, value in parameters.items() if value is not None}
     return dataclasses.replace(act, **changes)

@@ -141,21 +141,23 @@ class GemmConfig:
         for name in ("block_m", "block_n", "block_k"):
             value = getattr(self, name)
             if not _is_int(value) or value < 16 or value > 512 or value & (value - 1):
-                raise ValueError(f"{name} is {value!r}, expected a power of two from 16 to 512")
+                raise ValueError(
+                    f"{name} is {value!r}, but it must be a power of two from 16 to 512."
+                )
         if self.num_warps not in WARPS:
-            raise ValueError(f"num_warps is {self.num_warps!r}, expected one of {WARPS}")
+            raise ValueError(f"num_warps is {self.num_warps!r}, but it must be one of {WARPS}.")
         for name in ("group_m", "num_stages", "programs_per_sm", "split_k"):
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+                raise ValueError(f"{name} is {value!r}, but it must be an integer of at least 1.")
         for name in ("swap_ab", "use_tma", "flatten", "warp_specialize"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}, expected true or false")
+                raise ValueError(f"{name} is {value!r}, but it must be true or false.")
         if self.input_precision not in PRECISIONS:
             raise ValueError(
-                f"input_precision is {self.input_precision!r}, "
-                f"expected one of {', '.join(PRECISIONS)}"
+                f"input_precision is {self.input_precision!r}, but it must be one of "
+                f"{', '.join(PRECISIONS)}."
             )
 
 
@@ -168,9 +170,11 @@ class CombineConfig:
 
     def __post_init__(self) -> None:
         if not _is_int(self.block_h) or self.block_h < 16 or self.block_h & (self.block_h - 1):
-            raise ValueError(f"block_h is {self.block_h!r}, expected a power of two of at least 16")
+            raise ValueError(
+                f"block_h is {self.block_h!r}, but it must be a power of two of at least 16."
+            )
         if self.num_warps not in WARPS:
-            raise ValueError(f"num_warps is {self.num_warps!r}, expected one of {WARPS}")
+            raise ValueError(f"num_warps is {self.num_warps!r}, but it must be one of {WARPS}.")
 
 
 @dataclass(frozen=True)
@@ -188,11 +192,11 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pdl, bool):
-            raise ValueError(f"pdl is {self.pdl!r}, expected true or false")
+            raise ValueError(f"pdl is {self.pdl!r}, but it must be true or false.")
         if self.gate_up.split_k != 1:
             raise ValueError(
-                f"gate_up has split_k {self.gate_up.split_k}, expected 1: "
-                "its activation needs the whole sum"
+                f"gate_up has split_k {self.gate_up.split_k}, but it must be 1: its activation "
+                "needs the whole sum."
             )
 
     @staticmethod
@@ -222,11 +226,13 @@ class ExpertsConfig:
 def _gemm_from_dict(values: Mapping[str, Any]) -> GemmConfig:
     unknown = [k for k in values if k not in _KEYS]
     if unknown:
-        raise ValueError(f"configuration has the key {unknown[0]!r}, expected {', '.join(_KEYS)}")
+        raise ValueError(
+            f"configuration has the key {unknown[0]!r}, but they must be of {', '.join(_KEYS)}."
+        )
     missing = [k for k in _REQUIRED if k not in values]
     if missing:
         raise ValueError(
-            f"configuration has no key {missing[0]!r}, expected at least {', '.join(_REQUIRED)}"
+            f"configuration has no key {missing[0]!r}, but it must have {', '.join(_REQUIRED)}."
         )
     return GemmConfig(**{_KEYS[k]: v for k, v in values.items()})
 

@@ -32,12 +32,7 @@ from capmoe_kernels._routing_arguments import (
     rows,
     up_to_four,
 )
-from capmoe_kernels._routing_checks import (
-    INTEGERS,
-    check_plan,
-    check_scores,
-    check_tensor,
-)
+from capmoe_kernels._routing_checks import check_one, check_plan, check_scores
 from capmoe_kernels._routing_launch import (
     first_draw,
     keep_table,
@@ -45,6 +40,7 @@ from capmoe_kernels._routing_launch import (
     power_of_two,
 )
 from capmoe_kernels.capacity import capacity_table
+from capmoe_kernels.checks import INTEGERS, check_contiguous
 from capmoe_kernels.contract import NO_LIMIT, SCORINGS, TOTALS, Plan, Seats, Selection
 from capmoe_kernels.launch import ceil_div
 
@@ -112,16 +108,16 @@ def route_triton(
     check_scores(scores_TE, plan, INTERPRETED)
     T, E = scores_TE.shape
     check_plan(plan, T, num_requests if by_request else 1)
-    check_tensor("topk_TK", topk_TK, INTEGERS, (T, plan.top_k), scores_TE, False)
-    check_tensor("is_padding_T", is_padding_T, (torch.bool,), (T,), scores_TE, False)
-    check_tensor("is_decode_T", is_decode_T, (torch.bool,), (T,), scores_TE, False)
-    check_tensor("request_T", request_T, INTEGERS, (T,), scores_TE, by_request)
-    check_tensor("is_image_T", is_image_T, (torch.bool,), (T,), scores_TE, by_image)
-    check_tensor("device_E", device_E, INTEGERS, (E,), scores_TE, at_device or local)
-    check_tensor("token_device_T", token_device_T, INTEGERS, (T,), scores_TE, local)
-    check_tensor("counters", counters, (torch.int64,), (2 * E + len(TOTALS),), scores_TE, False)
-    if counters is not None and not counters.is_contiguous():
-        raise ValueError(f"counters has the stride {counters.stride(0)}, but it must be 1.")
+    check_one("topk_TK", topk_TK, INTEGERS, (T, plan.top_k), scores_TE, False)
+    check_one("is_padding_T", is_padding_T, (torch.bool,), (T,), scores_TE, False)
+    check_one("is_decode_T", is_decode_T, (torch.bool,), (T,), scores_TE, False)
+    check_one("request_T", request_T, INTEGERS, (T,), scores_TE, by_request)
+    check_one("is_image_T", is_image_T, (torch.bool,), (T,), scores_TE, by_image)
+    check_one("device_E", device_E, INTEGERS, (E,), scores_TE, at_device or local)
+    check_one("token_device_T", token_device_T, INTEGERS, (T,), scores_TE, local)
+    check_one("counters", counters, (torch.int64,), (2 * E + len(TOTALS),), scores_TE, False)
+    if counters is not None:
+        check_contiguous("counters", counters)
 
     G, B, X = num_requests if by_request else 1, plan.num_bins, len(plan.bin_sizes)
     K, W = plan.top_k, plan.width

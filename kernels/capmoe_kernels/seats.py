@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from capmoe_kernels import _seat_kernels as kernels
+from capmoe_kernels.checks import check_runs, check_tensor
 from capmoe_kernels.contract import Seats
 from capmoe_kernels.launch import ceil_div
 
@@ -101,26 +102,12 @@ def make_seats(experts: Tensor, num_experts: int, expert_map: Tensor | None = No
 
 
 def _check(experts: Tensor, num_experts: int, expert_map: Tensor | None) -> None:
-    """What make_seats asks of its arguments. ValueError: what came and what was expected."""
-    if experts.dim() != 2:
-        raise ValueError(f"experts has shape {list(experts.shape)}, expected [T, W]")
-    if experts.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"experts is {experts.dtype}, expected torch.int32 or torch.int64")
+    """What make_seats asks of its arguments."""
+    check_tensor("experts", experts, dtypes=[torch.int32, torch.int64], shape=("T", "W"))
     if not 0 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"num_experts is {num_experts}, expected from 0 to {MAX_EXPERTS}")
-    expected = "cpu" if INTERPRETED else "cuda"
-    if experts.device.type != expected:
-        where = "under TRITON_INTERPRET=1" if INTERPRETED else "without TRITON_INTERPRET=1"
-        raise ValueError(f"experts is on {experts.device}, expected {expected} {where}")
-    if expert_map is not None:
-        if expert_map.dim() != 1 or expert_map.dtype != torch.int32:
-            raise ValueError(
-                f"expert_map is {expert_map.dtype} of shape {list(expert_map.shape)}, "
-                "expected torch.int32 of one dimension"
-            )
-        if expert_map.device != experts.device:
-            raise ValueError(
-                f"expert_map is on {expert_map.device}, expected {experts.device} as experts"
-            )
+        raise ValueError(f"num_experts is {num_experts}, but it must be from 0 to {MAX_EXPERTS}.")
+    check_runs("experts", experts, INTERPRETED)
+    check_tensor("expert_map", expert_map, dtypes=[torch.int32], shape=("E",), optional=True)
+    check_tensor("expert_map", expert_map, device=experts.device, fits="experts", optional=True)
     if experts.numel() >= 2**31:
-        raise ValueError(f"experts has {experts.numel()} elements, expected less than {2**31}")
+        raise ValueError(f"experts has {experts.numel()} elements, but it must be below {2**31}.")

@@ -58,16 +58,16 @@ def seats(order: Tensor, offsets: Tensor) -> Callable[[], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("make,words", [
-    (lambda: {"w13": zeros(48, 40)}, ["w13", "[48, 40]", "three dimensions"]),
+    (lambda: {"w13": zeros(48, 40)}, ["w13", "[48, 40]", "must be [3, 48, 40]"]),
     (lambda: {"w13": zeros(3, 46, 40)}, ["w13", "[3, 46, 40]", "[3, 48, 40]"]),
     (lambda: {"w13": zeros(3, 48, 40).half()}, ["w13", "float16", "bfloat16"]),
-    (lambda: {"w13": transposed(zeros(3, 48, 40))}, ["w13", "strides", "expected 1"]),
-    (lambda: {"w2": transposed(zeros(3, 40, 24))}, ["w2", "strides", "expected 1"]),
+    (lambda: {"w13": transposed(zeros(3, 48, 40))}, ["w13", "strides", "the last must be 1"]),
+    (lambda: {"w2": transposed(zeros(3, 40, 24))}, ["w2", "strides", "the last must be 1"]),
     (lambda: {"w2": zeros(3, 40, 12)}, ["[3, 48, 40]", "[3, 24, 40]", "w2 [3, 40, 12]"]),
     (lambda: {"w13": zeros(3, 0, 40), "w2": zeros(3, 40, 0)}, ["w2", "[3, 40, 0]", "at least 1"]),
     (lambda: {"hidden": zeros(9, 39)}, ["hidden", "[9, 39]", "[T, 40]"]),
     (lambda: {"hidden": zeros(9, 40).half()}, ["hidden", "float16", "bfloat16"]),
-    (lambda: {"hidden": transposed(zeros(9, 40))}, ["hidden", "strides", "expected 1"]),
+    (lambda: {"hidden": transposed(zeros(9, 40))}, ["hidden", "strides", "the last must be 1"]),
     (lambda: {"experts": ints(8, 2)}, ["experts", "[8, 2]", "[9, W]"]),
     (lambda: {"experts": ints(9, 2).long()}, ["experts", "int64", "int32"]),
     (lambda: {"experts": transposed(ints(9, 2))}, ["experts", "strides", "contiguous"]),

@@ -169,7 +169,7 @@ def test_files(tmp_path: Path) -> None:
     ({"input_precision": "bf16"}, ["input_precision is 'bf16'", "tf32x3"]),
     ({"BLOCK_M": 16}, ["'BLOCK_M'", "BLOCK_SIZE_M"]),
     ({"PDL": 1}, ["pdl is 1"]),
-    ({"gate_up": {"SPLIT_K": 2}}, ["split_k 2", "expected 1"]),
+    ({"gate_up": {"SPLIT_K": 2}}, ["split_k 2", "must be 1"]),
     ({"combine": {"block_h": 100, "num_warps": 4}}, ["block_h is 100"]),
 ])  # fmt: skip
 def test_bad_files(tmp_path: Path, change: dict[str, object], words: list[str]) -> None:

@@ -105,7 +105,11 @@ def bad_calls() -> list[tuple[str, Any]]:
         (r"is_decode_T is a bool", (scores, plan), {"is_decode_T": True}),
         (r"topk_TK has the shape \[4, 1\].*\[4, 2\]", (scores, plan), {"topk_TK": ids[:, None]}),
         (r"counters has the shape \[4\].*\[29\]", (scores, plan), {"counters": ids}),
-        (r"counters has the stride 2.*1", (scores, plan), {"counters": ids.new_empty(58)[::2]}),
+        (
+            r"counters has the strides .2., but it must be contiguous",
+            (scores, plan),
+            {"counters": ids.new_empty(58)[::2]},
+        ),
         (r"device_E is on meta", (scores, plan), {"device_E": meta}),
         (r"plan.num_experts is 1025.*1024", (wide, make_plan(1025, 2)), {}),
         (r"T \* E is 1073741824 \* 1", (long, make_plan(1, 1)), {}),

@@ -226,12 +226,12 @@ def ints(*shape: int, dtype: torch.dtype = torch.int32, device: str = DEVICE) ->
 @pytest.mark.parametrize("call,words", [
     (lambda: (ints(6), 4), ["experts", "[6]", "[T, W]"]),
     (lambda: (ints(3, 2).short(), 4), ["experts", "int16", "torch.int32 or torch.int64"]),
-    (lambda: (ints(3, 2, device="meta"), 4), ["experts", "meta", f"expected {DEVICE}"]),
-    (lambda: (ints(1, 1).expand(2**16, 2**15), 4), ["experts", f"{2**31} elements", "less than"]),
+    (lambda: (ints(3, 2, device="meta"), 4), ["experts", "meta", f"must be on {DEVICE}"]),
+    (lambda: (ints(1, 1).expand(2**16, 2**15), 4), ["experts", f"{2**31} elements", "below"]),
     (lambda: (ints(3, 2), -1), ["num_experts", "-1", "from 0 to 32768"]),
     (lambda: (ints(3, 2), 32769), ["num_experts", "32769", "from 0 to 32768"]),
     (lambda: (ints(3, 2), 4, ints(8).long()), ["expert_map", "int64", "torch.int32"]),
-    (lambda: (ints(3, 2), 4, ints(8, 1)), ["expert_map", "[8, 1]", "one dimension"]),
+    (lambda: (ints(3, 2), 4, ints(8, 1)), ["expert_map", "[8, 1]", "must be [E]"]),
     (lambda: (ints(3, 2), 4, ints(8, device="meta")), ["expert_map", "meta", DEVICE]),
 ])  # fmt: skip
 def test_refuses(
@@ -246,7 +246,9 @@ def test_refuses(
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="experts is on cpu, expected cuda without TRITON_INTER"):
+    with pytest.raises(
+        ValueError, match="experts is on cpu, but it must be on cuda without TRITON_INTER"
+    ):
         make_seats(ints(3, 2, device="cpu"), 4)
 
 

@@ -172,7 +172,7 @@ INT = torch.zeros(4, dtype=torch.int64)
     [
         ({"scores": [[0.5, 0.5]]}, ["scores", "list", "tensor"]),
         ({"scores": torch.rand(4)}, ["scores", "[4]", "[T, E]"]),
-        ({"scores": torch.rand(4, 0)}, ["scores", "[4, 0]", "E >= 1"]),
+        ({"scores": torch.rand(4, 0)}, ["scores", "[4, 0]", "E must be at least 1"]),
         ({"scores": torch.ones(4, 2).int()}, ["scores", "torch.int32", "torch.float32"]),
         ({"top_k": 0}, ["top_k", "0", "from 1 to 2"]),
         ({"top_k": 3}, ["top_k", "3", "from 1 to 2"]),
