@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import _common as common
+import _shapes
 
 from capmoe_kernels.contract import Plan, Seats
 
@@ -27,7 +27,7 @@ class Point(Protocol):
     """The shape of a case, its tokens, and its name in messages."""
 
     @property
-    def shape(self) -> common.Shape: ...
+    def shape(self) -> _shapes.Shape: ...
     @property
     def tokens(self) -> int: ...
     def key(self) -> object: ...
@@ -57,7 +57,7 @@ class Case(Protocol):
     def point(self) -> Point: ...
     @property
     def routed(self) -> Sequence[Routed]: ...
-    def layer(self, r: int) -> common.Layer: ...
+    def layer(self, r: int) -> _shapes.Layer: ...
 
 
 class Sorted:

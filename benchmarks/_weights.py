@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _common as common
+import _shapes
 
 LOAD_FORMAT = "capmoe_random"
 SHARE_U = 0.6  # of an embedding of root mean square 1, along u
@@ -186,7 +186,7 @@ def tensors(config: Any, device: Any, skew: float, seed: int = 0) -> Iterator[tu
     moe, names = "mlp", ("gate_proj", "up_proj", "down_proj")
     if kind == "mixtral":
         moe, names = "block_sparse_moe", ("w1", "w3", "w2")
-    bias_E = torch.tensor(common.expert_bias(E, k, skew), dtype=torch.float32, device=device)
+    bias_E = torch.tensor(_shapes.expert_bias(E, k, skew), dtype=torch.float32, device=device)
     own = math.sqrt(1 - SHARE_U**2)
     scale = math.sqrt(H)
     yield "model.embed_tokens.weight", (blind(V, own * scale) + SHARE_U * scale * u_H).bfloat16()

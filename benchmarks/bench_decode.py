@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _tables
 import _weights as weights
 
 ENGINES = {"stock": None, "off": {}, "keep": {"decode_keep": "auto"}}
@@ -116,7 +117,7 @@ def contenders(keeps: list[str]) -> list[tuple[str, str, str | None]]:
 
 
 def measure(
-    table: common.Table,
+    table: _tables.Table,
     engines: dict[str, Engine],
     shared: dict[str, Any],
     args: argparse.Namespace,
@@ -146,10 +147,10 @@ def measure(
         if engine == "keep" and not args.compiled:
             row |= engines[engine].ask(**task, keep=keep, count=True)
         table.add(row)
-        print(*(f"{column}={common.text(row.get(column))}" for column in COLUMNS[2:]), flush=True)
+        print(*(f"{column}={_tables.text(row.get(column))}" for column in COLUMNS[2:]), flush=True)
 
 
-def plot(table: common.Table) -> None:
+def plot(table: _tables.Table) -> None:
     for drafts in sorted({row["drafts"] for row in table.rows}):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in table.rows:
@@ -157,7 +158,7 @@ def plot(table: common.Table) -> None:
                 point = float(row["requests"]), float(row["over_stock"])
                 lines.setdefault(row["contender"], []).append(point)
         extra = f"-drafts{drafts}" if drafts != "0" else ""
-        common.plot_lines(
+        _tables.plot_lines(
             table.path.with_name(f"{table.path.stem}{extra}.png"),
             f"Decode keep, {drafts} drafts: output tokens per second over stock vLLM",
             ("requests", "over stock"),
@@ -175,11 +176,11 @@ def main() -> None:
 
     device = torch.device("cuda") if torch.cuda.is_available() else None
     if args.out is None:
-        slug = "cpu" if device is None else common.device_slug(device)
-        name = f"{common.today()}-decode-{slug}{'-quick' * args.quick}.csv"
-        args.out = common.output_folder() / name
+        slug = "cpu" if device is None else _tables.device_slug(device)
+        name = f"{_tables.today()}-decode-{slug}{'-quick' * args.quick}.csv"
+        args.out = _tables.output_folder() / name
     lines = [f"bfloat16, {'compiled' if args.compiled else 'eager'}, one process per engine"]
-    table = common.Table(args.out, COLUMNS, KEY, common.header(device, lines))
+    table = _tables.Table(args.out, COLUMNS, KEY, _tables.header(device, lines))
     deadline = time.monotonic() + args.budget
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(weights.write_config(Path(temporary) / "model", args.model, args.layers))

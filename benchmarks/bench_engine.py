@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _tables
 import _weights as weights
 
 CONTENDERS: dict[str, dict[str, Any] | None] = {
@@ -155,7 +156,7 @@ def compare_greedy(ours: list[Any], stock: list[Any]) -> tuple[int, float]:
 
 
 def add_rows(
-    table: common.Table, shared: dict[str, Any], result: dict[str, Any], stock: list[Any]
+    table: _tables.Table, shared: dict[str, Any], result: dict[str, Any], stock: list[Any]
 ) -> None:
     """One row per load; `stock` has the tokens to compare with, or nothing."""
     if "error" in result:
@@ -167,7 +168,7 @@ def add_rows(
             r
             for r in table.rows
             if r["contender"] == "stock"
-            and all(r[k] == common.text(row[k]) for k in ("model", "layers", "skew", "load"))
+            and all(r[k] == _tables.text(row[k]) for k in ("model", "layers", "skew", "load"))
         ]
         if base:
             row["over_stock"] = figures["tokens_per_s"] / float(base[0]["tokens_per_s"])
@@ -185,10 +186,10 @@ def goals(rows: list[dict[str, str]]) -> None:
     ours = [r for r in rows if r["contender"] == "ours-inf" and r["over_stock"]]
     speeds = [float(r["over_stock"]) for r in ours]
     text = "ours without a limit over stock, tokens per second, min >= 1.0"
-    common.verdict(text, min(speeds, default=0.0), lambda v: v >= 1.0, len(speeds))
+    _tables.verdict(text, min(speeds, default=0.0), lambda v: v >= 1.0, len(speeds))
     margins = [float(r["worst_margin"]) for r in ours if r["worst_margin"]]
     text = "greedy tokens without a limit: largest margin at a difference, max <= 0.1"
-    common.verdict(text, max(margins, default=0.0), lambda v: v <= 0.1, len(margins))
+    _tables.verdict(text, max(margins, default=0.0), lambda v: v <= 0.1, len(margins))
     for row in rows:
         what = row["error"] or (
             f"{float(row['tokens_per_s']):9.0f} tokens/s, {row['over_stock'] or '-'} of stock, "
@@ -207,10 +208,10 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.out is None:
-        name = f"{common.today()}-engine-{common.device_slug(device)}{'-quick' * args.quick}.csv"
-        args.out = common.output_folder() / name
+        name = f"{_tables.today()}-engine-{_tables.device_slug(device)}{'-quick' * args.quick}.csv"
+        args.out = _tables.output_folder() / name
     lines = [f"loads (requests, prompt, output) {LOADS}; eager {args.eager}; bfloat16"]
-    table = common.Table(args.out, COLUMNS, KEY, common.header(device, lines))
+    table = _tables.Table(args.out, COLUMNS, KEY, _tables.header(device, lines))
     deadline = time.monotonic() + args.budget
     failed = False
     # Stock's tokens, beside the CSV: whoever continues a table compares with them.

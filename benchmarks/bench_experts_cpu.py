@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import _common as common
+import _tables
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GATE_TOKENS = (1, 8, 100)
@@ -222,8 +222,8 @@ def main() -> None:
             writer.writerows(rows)
         return
     quick = "-quick" * args.quick
-    out = args.out or common.output_folder() / f"{common.today()}-experts_cpu{quick}.csv"
-    head = common.header(None)  # before the first time, so that the revision is what runs
+    out = args.out or _tables.output_folder() / f"{_tables.today()}-experts_cpu{quick}.csv"
+    head = _tables.header(None)  # before the first time, so that the revision is what runs
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for threads in args.threads:

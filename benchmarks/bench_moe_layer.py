@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _shapes
+import _tables
 from _opponents import OPPONENTS, opponents, usable_opponents
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 16384)
@@ -60,7 +62,7 @@ COLUMNS = (
 class Point:
     """One row. rounding: of C to whole M-tiles: none, up or down."""
 
-    shape: common.Shape
+    shape: _shapes.Shape
     tokens: int
     skew: float
     mode: str = "off"
@@ -69,7 +71,7 @@ class Point:
 
     def key(self) -> dict[str, Any]:
         values = (self.shape.name, self.tokens, self.skew, self.mode, self.gamma, self.rounding)
-        return {name: common.text(value) for name, value in zip(KEY, values, strict=True)}
+        return {name: _tables.text(value) for name, value in zip(KEY, values, strict=True)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,7 +96,7 @@ def parse_args() -> argparse.Namespace:
 
 def points(args: argparse.Namespace) -> list[Point]:
     """The grid, what tells most first: dropless and even; one capacity; the rest."""
-    shapes = {**common.SHAPES, "tiny": common.TINY}
+    shapes = {**_shapes.SHAPES, "tiny": _shapes.TINY}
     found = []
     for name in args.shapes:
         for tokens in args.tokens:
@@ -123,14 +125,14 @@ def points(args: argparse.Namespace) -> list[Point]:
 
 
 def _limited(point: Point) -> bool:
-    plan = common.make_plan(point.shape, point.mode, point.gamma)
-    return common.capacity_of(plan, point.tokens) is not None
+    plan = _shapes.make_plan(point.shape, point.mode, point.gamma)
+    return _shapes.capacity_of(plan, point.tokens) is not None
 
 
 class Case:
     """A point with its inputs on the device: R sets that take turns, two layers of weights."""
 
-    def __init__(self, point: Point, layers: list[common.Layer], device: Any, dtype: Any) -> None:
+    def __init__(self, point: Point, layers: list[_shapes.Layer], device: Any, dtype: Any) -> None:
         import torch
         from _timing import rotations
 
@@ -140,8 +142,8 @@ class Case:
 
         self.point, self.layers, self.device, self.dtype = point, layers, device, dtype
         shape, T = point.shape, point.tokens
-        self.plan = common.make_plan(shape, point.mode, point.gamma)
-        self.capacity = common.capacity_of(self.plan, T)
+        self.plan = _shapes.make_plan(shape, point.mode, point.gamma)
+        self.capacity = _shapes.capacity_of(self.plan, T)
 
         def config(capacity: int | None) -> Any:
             chip, name = chip_of(device)
@@ -162,9 +164,9 @@ class Case:
             self.capacity = up if point.rounding == "up" else max(M, down)
             if self.capacity >= T:  # rounded up to where nothing is limited
                 self.capacity = None
-                self.plan = common.make_plan(shape, "off", float("inf"))
+                self.plan = _shapes.make_plan(shape, "off", float("inf"))
             else:
-                self.plan = common.with_capacity(self.plan, self.capacity, T)
+                self.plan = _shapes.with_capacity(self.plan, self.capacity, T)
 
         busy = min(shape.experts, T * shape.top_k)
         self.sets = rotations(shape.bytes(T, busy, dtype.itemsize), device)
@@ -172,7 +174,7 @@ class Case:
             torch.randn(T, shape.hidden, device=device, dtype=dtype) for _ in range(self.sets)
         ]
         self.logits = [
-            common.router_logits(T, shape, point.skew, device, dtype, seed=r)
+            _shapes.router_logits(T, shape, point.skew, device, dtype, seed=r)
             for r in range(self.sets)
         ]
         none = torch.zeros(T, dtype=torch.bool, device=device)
@@ -195,7 +197,7 @@ class Case:
         self._fused_experts = fused_experts
         self.expected: Any = None  # all rows of set 0 as they should be, once asked for
 
-    def layer(self, r: int) -> common.Layer:
+    def layer(self, r: int) -> _shapes.Layer:
         return self.layers[r % len(self.layers)]
 
     def experts(self, r: int, routed: Any = None) -> Any:
@@ -313,11 +315,11 @@ def main() -> None:
     )
     print(text)
     about = f"bfloat16, silu; opponents {' '.join(args.opponents) or 'none'}; logits bfloat16"
-    head = common.header(device, [text, about])
-    table = common.Table(args.out, COLUMNS, KEY, head)
+    head = _tables.header(device, [text, about])
+    table = _tables.Table(args.out, COLUMNS, KEY, head)
     deadline = common.Deadline(args.budget)
     todo = [p for p in points(args) if not table.has(p.key())]
-    layers: list[common.Layer] = []
+    layers: list[_shapes.Layer] = []
     last = ""
     status = 0
     for point in common.progress(todo, "layer"):
@@ -328,7 +330,7 @@ def main() -> None:
             layers.clear()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            layers = [common.make_layer(point.shape, device, dtype) for _ in range(2)]
+            layers = [_shapes.make_layer(point.shape, device, dtype) for _ in range(2)]
             last = point.shape.name
         try:
             table.begin(point.key())

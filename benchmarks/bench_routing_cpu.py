@@ -15,6 +15,7 @@ import sys
 import time
 
 import _common as common
+import _tables
 
 COLUMNS = ("tokens", "experts", "top_k", "contender", "microseconds", "over_stock", "more")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -35,8 +36,8 @@ def main() -> None:
     from vllm_capmoe.torch_routing import route_torch
 
     torch.set_num_threads(1)
-    out = args.out or common.output_folder() / f"{common.today()}-routing-cpu.csv"
-    table = common.Table(out, COLUMNS, COLUMNS[:4], common.header(None, ["bfloat16 logits"]))
+    out = args.out or _tables.output_folder() / f"{_tables.today()}-routing-cpu.csv"
+    table = _tables.Table(out, COLUMNS, COLUMNS[:4], _tables.header(None, ["bfloat16 logits"]))
     cpu = torch.device("cpu")
     for tokens in TOKENS[:3] if args.quick else TOKENS:
         step = StepTokens.allocate(tokens, tokens, cpu)

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _shapes
+import _tables
 
 GAMMAS = (2.0, 1.5, 1.0)
 KEY = ("shape", "ranks", "tokens_per_rank", "skew", "level", "mode", "gamma")
@@ -48,7 +50,7 @@ COLUMNS = (
 class Setting:
     """A model on G ranks with T tokens each, and the skew of its router."""
 
-    shape: common.Shape
+    shape: _shapes.Shape
     tokens: int
     skew: float
 
@@ -95,16 +97,16 @@ class Emulation:
         self.T = setting.tokens * G
         self.device_E = torch.arange(shape.experts, device=device, dtype=torch.int32) // self.local
         self.owner_T = torch.arange(self.T, device=device, dtype=torch.int32) // setting.tokens
-        self.logits = common.router_logits(self.T, shape, setting.skew, device, torch.bfloat16)
+        self.logits = _shapes.router_logits(self.T, shape, setting.skew, device, torch.bfloat16)
         self.scores = self.logits.float().softmax(-1)
-        self.layers = [common.make_layer(shape, device, self.dtype, self.local) for _ in range(2)]
+        self.layers = [_shapes.make_layer(shape, device, self.dtype, self.local) for _ in range(2)]
         self.hidden = [
             torch.randn(self.T, shape.hidden, device=device, dtype=self.dtype) for _ in range(2)
         ]
 
     def plan(self, variant: Variant) -> Any:
         options = {} if variant.mode == "off" else {"scope": "request", "level": variant.level}
-        return common.make_plan(
+        return _shapes.make_plan(
             self.setting.shape,
             variant.mode,
             variant.gamma,
@@ -248,7 +250,7 @@ def key_of(setting: Setting, variant: Variant) -> dict[str, Any]:
         *(setting.shape.name, setting.ranks, setting.tokens, setting.skew),
         *(variant.level, variant.mode, variant.gamma),
     )
-    return {name: common.text(value) for name, value in zip(KEY, values, strict=True)}
+    return {name: _tables.text(value) for name, value in zip(KEY, values, strict=True)}
 
 
 def variants(args: argparse.Namespace) -> list[Variant]:
@@ -268,7 +270,7 @@ def compare(row: dict[str, Any], base: dict[str, Any], paper: float | None) -> N
     row["paper"] = paper
 
 
-def paper_figure(shape: common.Shape, variant: Variant) -> float | None:
+def paper_figure(shape: _shapes.Shape, variant: Variant) -> float | None:
     if shape.speedup is None or variant.level != "expert" or variant.mode == "off":
         return None
     pair = shape.speedup.get(variant.gamma)
@@ -279,10 +281,10 @@ def goals(rows: list[dict[str, str]]) -> None:
     """Print the goals with what was measured."""
     bound = [row for row in rows if row["mode"] != "off"]
     quotients = [float(row["quotient"]) for row in bound]
-    for text, reduce in (("geomean", common.geomean), ("min", min)):
+    for text, reduce in (("geomean", _tables.geomean), ("min", min)):
         value = reduce(quotients) if quotients else 0.0
         goal = f"speed-up over the ideal, {text} >= 0.9"
-        common.verdict(goal, value, lambda v: v >= 0.9, len(quotients))
+        _tables.verdict(goal, value, lambda v: v >= 0.9, len(quotients))
     for row in bound:
         if not row["paper"]:
             continue
@@ -291,14 +293,14 @@ def goals(rows: list[dict[str, str]]) -> None:
         if ideal < paper:
             print(f"      {name}: {ours:.2f}; the ideal here is {ideal:.2f}, the paper has {paper}")
         else:
-            common.verdict(
+            _tables.verdict(
                 f"{name} >= the paper's {paper}", ours, functools.partial(operator.le, paper), 1
             )
 
 
 def plot(path: Path) -> None:
     """Speed-up by gamma for Token Drop at the first number of tokens: ours, ideal, paper."""
-    _, rows = common.read_table(path)
+    _, rows = _tables.read_table(path)
     rows = [row for row in rows if row["mode"] == "drop" and row["level"] == "expert"]
     rows = [row for row in rows if row["tokens_per_rank"] == rows[0]["tokens_per_rank"]]
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -310,7 +312,7 @@ def plot(path: Path) -> None:
     if lines:
         target = path.with_name(f"{path.stem}-speedup.png")
         title = f"Emulated expert parallel layer, Token Drop ({path.stem})"
-        common.plot_lines(target, title, ("gamma", "speed-up over no capacity"), lines, 1.0)
+        _tables.plot_lines(target, title, ("gamma", "speed-up over no capacity"), lines, 1.0)
         print(f"wrote {target}")
 
 
@@ -319,8 +321,8 @@ def main() -> None:
     device = common.setup(args, "emulate_ep")
     import torch
 
-    table = common.Table(args.out, COLUMNS, KEY, common.header(device, ["bfloat16, silu"]))
-    shapes = {**common.SHAPES, "tiny": common.TINY}
+    table = _tables.Table(args.out, COLUMNS, KEY, _tables.header(device, ["bfloat16, silu"]))
+    shapes = {**_shapes.SHAPES, "tiny": _shapes.TINY}
     settings = [
         Setting(shapes[name], tokens, skew)
         for tokens in args.tokens_per_rank

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-import _common as common  # noqa: E402
+import _shapes  # noqa: E402
 
 from capmoe_kernels.launch import (  # noqa: E402
     Chip,
@@ -93,7 +93,7 @@ def _rows(load: int, block_m: int, tail: int | None) -> int:
     return ceil_div(load, block_m) * block_m
 
 
-def loads_of(shape: common.Shape, tokens: int, draws: int) -> list[tuple[int, ...]]:
+def loads_of(shape: _shapes.Shape, tokens: int, draws: int) -> list[tuple[int, ...]]:
     """Rows per expert of an even router."""
     rng = random.Random(0)
     found = []
@@ -106,7 +106,7 @@ def loads_of(shape: common.Shape, tokens: int, draws: int) -> list[tuple[int, ..
     return found
 
 
-def before(config: ExpertsConfig, shape: common.Shape, tokens: int) -> ExpertsConfig:
+def before(config: ExpertsConfig, shape: _shapes.Shape, tokens: int) -> ExpertsConfig:
     """As the heuristics chose at first: BLOCK_M for the mean, GROUP_M 1 up to 32 rows."""
     mean = ceil_div(tokens * shape.top_k, shape.experts)
     rows = next((m for m in (16, 32, 64) if mean <= m), 128)
@@ -120,7 +120,7 @@ def before(config: ExpertsConfig, shape: common.Shape, tokens: int) -> ExpertsCo
 
 
 def layer(
-    shape: common.Shape,
+    shape: _shapes.Shape,
     tokens: int,
     config: ExpertsConfig,
     args: argparse.Namespace,
@@ -146,7 +146,7 @@ def layer(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--shapes", nargs="+", choices=list(common.SHAPES), default=SHAPES)
+    parser.add_argument("--shapes", nargs="+", choices=list(_shapes.SHAPES), default=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--before", action="store_true", help="the earlier heuristics, too")
     parser.add_argument("--tail", type=int, help="rows of a last tile that is not full")
@@ -158,7 +158,7 @@ def main() -> None:
     chip = Chip((9, 0), 132)
     print("ESTIMATE by a model, nothing measured: padding, waves, traffic, us")
     for name in args.shapes:
-        shape = common.SHAPES[name]
+        shape = _shapes.SHAPES[name]
         for tokens in args.tokens:
             config = default_config(
                 tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, chip=chip

@@ -10,7 +10,7 @@ import operator
 import sys
 from pathlib import Path
 
-import _common as common
+import _tables
 
 Row = dict[str, str]
 
@@ -24,7 +24,7 @@ def goals(rows: list[Row]) -> None:
     routing_goals(rows)
     saved = time_per_work(rows)
     text = "time saved over work saved by a capacity, T >= 1024, geomean >= 0.9"
-    common.verdict(text, common.geomean(saved), lambda v: v >= 0.9, count=len(saved))
+    _tables.verdict(text, _tables.geomean(saved), lambda v: v >= 0.9, count=len(saved))
 
 
 def routing_goals(rows: list[Row]) -> None:
@@ -35,11 +35,11 @@ def routing_goals(rows: list[Row]) -> None:
         part = [row for row in at_8192 if (row["mode"] != "off") == limited]
         shares = _numbers(part, "route_share")
         text = f"routing's share of the layer, {kind}, T = 8192, max <= 0.05"
-        common.verdict(text, max(shares, default=0.0), lambda v: v <= 0.05, count=len(shares))
+        _tables.verdict(text, max(shares, default=0.0), lambda v: v <= 0.05, count=len(shares))
         times = _numbers(part, "vllm_route_over_ours")
         text = f"vLLM's top-k and alignment over our routing, {kind}, T = 8192, min >= {least:.3f}"
         enough = functools.partial(operator.le, least)
-        common.verdict(text, min(times, default=0.0), enough, count=len(times))
+        _tables.verdict(text, min(times, default=0.0), enough, count=len(times))
 
 
 def time_per_work(rows: list[Row]) -> list[float]:
@@ -71,7 +71,7 @@ def whole_tiles(rows: list[Row]) -> None:
                 more = float(other["dropped_share"]) - float(plain["dropped_share"])
                 per_shape.setdefault(key[0], []).append((time, more))
         for shape, pairs in per_shape.items():
-            faster = common.geomean(time for time, _ in pairs)
+            faster = _tables.geomean(time for time, _ in pairs)
             more = sum(more for _, more in pairs) / len(pairs)
             print(
                 f"C rounded {rounding:4} {shape:18} speed {faster:.3f}, dropped share "
@@ -81,7 +81,7 @@ def whole_tiles(rows: list[Row]) -> None:
 
 def plots(path: Path) -> None:
     """PNG files beside the CSV: against vLLM, and against the roofs, by T."""
-    _, rows = common.read_table(path)
+    _, rows = _tables.read_table(path)
     even = [row for row in rows if row["mode"] == "off" and float(row["skew"]) == 1] or [
         row for row in rows if row["mode"] == "off"
     ]
@@ -98,13 +98,13 @@ def plots(path: Path) -> None:
         if lines:
             target = path.with_name(f"{path.stem}-{column}.png")
             title = f"One MoE layer, no capacity, least skew ({path.stem})"
-            common.plot_lines(target, title, ("tokens", label), lines, level)
+            _tables.plot_lines(target, title, ("tokens", label), lines, level)
             print(f"wrote {target}")
 
 
 if __name__ == "__main__":
     csv_path = Path(sys.argv[1])
-    all_rows = common.read_table(csv_path)[1]
+    all_rows = _tables.read_table(csv_path)[1]
     if any(row["rounding"] != "none" for row in all_rows):
         whole_tiles(all_rows)
     else:

@@ -39,7 +39,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import _common as common
+import _tables
 from gpu import faults, report
 from gpu.items import STEPS, Grid, Item
 from gpu.processes import START, Asked, CardGone, Lines, end_all
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
         args.fault = faults.parse(args.fault)
     except ValueError as error:
         parser.error(str(error))
-    args.out = (args.out or common.output_folder()).resolve()
+    args.out = (args.out or _tables.output_folder()).resolve()
     folder = ROOT / "tests" / "kernels"
     args.tests = [path.resolve() for path in args.tests or [folder / name for name in TESTS]]
     return args

@@ -32,19 +32,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _common import (
-    SHAPES,
-    TINY,
-    Shape,
-    header,
-    make_layer,
-    make_plan,
-    output_folder,
-    pyplot_for,
-    router_logits,
-    today,
-    write_rows,
-)
+from _shapes import SHAPES, TINY, Shape, make_layer, make_plan, router_logits
+from _tables import header, output_folder, pyplot_for, today, write_rows
 
 PAPER = ("mixtral-8x7b", "olmoe", "deepseek-v2-lite", "qwen1.5-moe")
 RANKS = (2, 4, 6, 8, 16, 32, 64)

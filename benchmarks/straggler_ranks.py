@@ -314,14 +314,14 @@ def write(
         f"tokens a step; {args.rounds} rounds; wanted factor {args.factor}; load average at the "
         f"end {os.getloadavg()[0]:.1f} (this benchmark included)"
     )
-    from _common import write_rows
+    from _tables import write_rows
 
     write_rows(path, [*head, f"# {about}"], COLUMNS, rows)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars: gain in the MoE layers and of the whole step, with the ideal as a mark."""
-    from _common import pyplot_for
+    from _tables import pyplot_for
 
     pyplot = pyplot_for(path)
     if pyplot is None:
@@ -358,7 +358,7 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
     }.items():
         os.environ.setdefault(name, value)
-    from _common import header, output_folder, today
+    from _tables import header, output_folder, today
 
     head = header(None)  # before the first time, so that the revision is what runs
     quick = "-quick" * args.quick

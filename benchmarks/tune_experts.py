@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _shapes
+import _tables
 
 TOKENS = (16, 4096, 1, 1024, 64, 8192, 256, 16384)  # what is most often asked for first
 SKEWS = (1.0, 3.0)
@@ -91,10 +93,10 @@ def neighbours(config: Any, field: str, *limits: Any) -> list[Any]:
 # --- compiling in several processes -------------------------------------------------------------
 
 
-_held: dict[common.Shape, tuple[Any, ...]] = {}
+_held: dict[_shapes.Shape, tuple[Any, ...]] = {}
 
 
-def _empty(shape: common.Shape) -> tuple[Any, ...]:
+def _empty(shape: _shapes.Shape) -> tuple[Any, ...]:
     """Tensors of a shape in which no expert has a token: a launch compiles, and does nothing.
 
     Those of one shape only are kept, since every process has its own.
@@ -115,7 +117,7 @@ def _empty(shape: common.Shape) -> tuple[Any, ...]:
     return _held[shape]
 
 
-def compile_only(shape: common.Shape, product: str, config: Any) -> str:
+def compile_only(shape: _shapes.Shape, product: str, config: Any) -> str:
     """Compile one configuration into Triton's cache on the disk. Returns what went wrong."""
     from capmoe_kernels import experts
 
@@ -145,7 +147,7 @@ class Tuner:
     """One shape at one number of tokens."""
 
     def __init__(
-        self, shape: common.Shape, tokens: int, layers: list[common.Layer], args: Any, device: Any
+        self, shape: _shapes.Shape, tokens: int, layers: list[_shapes.Layer], args: Any, device: Any
     ) -> None:
         import torch
         from _timing import rotations
@@ -158,7 +160,7 @@ class Tuner:
         )
         self.lib = experts
         self.dtype = torch.bfloat16
-        plan = common.make_plan(shape, "off", float("inf"))
+        plan = _shapes.make_plan(shape, "off", float("inf"))
         self.assignments = tokens * shape.top_k
         busy = min(shape.experts, self.assignments)
         sets = rotations(shape.bytes(tokens, busy), device)
@@ -168,7 +170,7 @@ class Tuner:
         self.routed = {
             skew: [
                 route_triton(
-                    common.router_logits(tokens, shape, skew, device, self.dtype, seed=r),
+                    _shapes.router_logits(tokens, shape, skew, device, self.dtype, seed=r),
                     plan,
                     scoring="softmax",
                 )
@@ -315,7 +317,7 @@ class Tuner:
 # --- files --------------------------------------------------------------------------------------
 
 
-def heuristics(shape: common.Shape, tokens: int, chip: Any) -> Any:
+def heuristics(shape: _shapes.Shape, tokens: int, chip: Any) -> Any:
     """What launch.py chooses without a file."""
     from capmoe_kernels.launch import default_config
 
@@ -324,7 +326,7 @@ def heuristics(shape: common.Shape, tokens: int, chip: Any) -> Any:
     )
 
 
-def save(path: Path, shape: common.Shape, tokens: int, config: Any, chip: Any) -> None:
+def save(path: Path, shape: _shapes.Shape, tokens: int, config: Any, chip: Any) -> None:
     """Put an entry into a JSON file of launch.py's format; the others stay as they are.
 
     A new file gets the heuristics at all of TOKENS first: the nearest entry is used for any T, so
@@ -355,7 +357,7 @@ def folder_of(args: argparse.Namespace) -> Path:
     if args.quick:
         return Path(args.out).parent / "configs"
     if os.environ.get("OUT"):
-        return common.output_folder() / "configs"
+        return _tables.output_folder() / "configs"
     return Path(__file__).resolve().parent.parent / "kernels" / "capmoe_kernels" / "configs"
 
 
@@ -369,9 +371,9 @@ def main() -> None:
 
     device_name = chip_of(device)[1]
     folder = folder_of(args)
-    table = common.Table(args.out, COLUMNS, ("shape", "tokens"), common.header(device))
+    table = _tables.Table(args.out, COLUMNS, ("shape", "tokens"), _tables.header(device))
     deadline = common.Deadline(args.budget)
-    shapes = {**common.SHAPES, "tiny": common.TINY}
+    shapes = {**_shapes.SHAPES, "tiny": _shapes.TINY}
     jobs = [(shapes[name], tokens) for tokens in args.tokens for name in args.shapes]
     pool = None
     if device.type == "cuda" and args.workers > 1:
@@ -384,7 +386,7 @@ def main() -> None:
         table.begin({"shape": shape.name, "tokens": tokens})
         path = folder / config_file_name(shape.experts, shape.intermediate, device_name)
         try:
-            layers = [common.make_layer(shape, device, torch.bfloat16) for _ in range(2)]
+            layers = [_shapes.make_layer(shape, device, torch.bfloat16) for _ in range(2)]
             tuner = Tuner(shape, tokens, layers, args, device)
             tuner.gate(tuner.base)
             best = tuner.tune(pool, deadline)

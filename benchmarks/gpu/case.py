@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import _common as common
 import _gates as gates
 import _opponents
+import _shapes
 import torch
 from _timing import rotations
 from gpu.items import LIMIT_GAMMA, config_of
@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Point:
-    shape: common.Shape
+    shape: _shapes.Shape
     tokens: int
 
     def key(self) -> tuple[str, int]:
@@ -65,15 +65,15 @@ class Case:
 
     def __init__(
         self,
-        shape: common.Shape,
+        shape: _shapes.Shape,
         tokens: int,
-        layers: list[common.Layer],
+        layers: list[_shapes.Layer],
         device: torch.device,
         no_vllm: str,
     ) -> None:
         self.shape, self.layers, self.device, self.no_vllm = shape, layers, device, no_vllm
         self.point = Point(shape, tokens)
-        self.plan = common.make_plan(shape, "off", float("inf"))
+        self.plan = _shapes.make_plan(shape, "off", float("inf"))
         dtype = layers[0].w13.dtype
         busy = min(shape.experts, tokens * shape.top_k)
         self.sets = rotations(shape.bytes(tokens, busy), device) if len(layers) > 1 else 1
@@ -81,7 +81,7 @@ class Case:
             torch.randn(tokens, shape.hidden, device=device, dtype=dtype) for _ in range(self.sets)
         ]
         self.logits = [
-            common.router_logits(tokens, shape, 1.0, device, dtype, seed=r)
+            _shapes.router_logits(tokens, shape, 1.0, device, dtype, seed=r)
             for r in range(self.sets)
         ]
         self.routed = [self._routed(r) for r in range(self.sets)]
@@ -91,7 +91,7 @@ class Case:
             2 * shape.experts + len(TOTALS), dtype=torch.int64, device=device
         )
 
-    def layer(self, r: int) -> common.Layer:
+    def layer(self, r: int) -> _shapes.Layer:
         return self.layers[r % len(self.layers)]
 
     def _routed(self, r: int) -> Routed:
@@ -169,7 +169,7 @@ class Case:
         )
 
     def _routing(self, gamma: float, limited: bool) -> Call:
-        plan = common.make_plan(self.shape, "drop", gamma) if limited else self.plan
+        plan = _shapes.make_plan(self.shape, "drop", gamma) if limited else self.plan
 
         def gate() -> float:
             scores = self.logits[0].float().softmax(-1)

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
-from _common import SHAPES, TINY, Shape  # noqa: E402
+from _shapes import SHAPES, TINY, Shape  # noqa: E402
 
 from capmoe_kernels.launch import _FULL, _TWIN, Chip, ExpertsConfig, default_config, fit  # noqa: E402
 

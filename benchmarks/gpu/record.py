@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import _common as common
+import _tables
 from gpu.items import Item
 
 KEY = ("step", "shape", "tokens", "part", "who")
@@ -50,7 +50,7 @@ class Record:
             self.path.write_text(whole + "".join(f"{line}\n" for line in header))
         else:
             self.path.write_text("\n".join([*header, ",".join(COLUMNS), ""]))
-        self.rows = common.read_table(self.path)[1]
+        self.rows = _tables.read_table(self.path)[1]
         other = {row["card"] for row in self.rows} - {slug}
         if other:
             raise ValueError(f"{self.path} has rows of {other.pop()}, but only {slug} is accepted.")
@@ -100,7 +100,7 @@ class Record:
         """Write the row of an item, and say on standard output what came of it."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         values = vars(item) | answer | {"time": now, "card": self.card, "code": self.code}
-        row = {name: common.text(values.get(name, "")).replace("\n", " ") for name in COLUMNS}
+        row = {name: _tables.text(values.get(name, "")).replace("\n", " ") for name in COLUMNS}
         with self.lock:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)

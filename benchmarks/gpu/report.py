@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import _common as common
+import _tables
 from gpu.items import GOAL_SHAPES, TOKENS
 from gpu.record import BAD, ENDS, KEY
 
@@ -97,7 +97,7 @@ def goals(rows: Rows) -> list[str]:
     def share(column: str) -> Callable[[Point], float | None]:
         return lambda point: rows.share(point, column)
 
-    faster, geo = over(vllm_layer, layer), common.geomean
+    faster, geo = over(vllm_layer, layer), _tables.geomean
     text = "vLLM's layer over ours, dropless, routing included"
     bf16, copy = "share of the bf16 roof, Mixtral, T = 8192", "share of the copy roof"
     routing = "vLLM's top-k and alignment over our routing"
@@ -173,5 +173,5 @@ def summary(rows: list[Row], code: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    table = common.read_table(Path(sys.argv[1]))[1]
+    table = _tables.read_table(Path(sys.argv[1]))[1]
     print("\n".join(summary(table, sys.argv[2] if len(sys.argv) > 2 else table[-1]["code"])))

@@ -19,7 +19,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any, TextIO
 
-import _common as common
+import _shapes
+import _tables
 
 if TYPE_CHECKING:
     from gpu.case import Case
@@ -53,12 +54,12 @@ class Worker:
 
         self.options = options
         self.shape = ""
-        self.layers: list[common.Layer] = []
+        self.layers: list[_shapes.Layer] = []
         self.case: Case | None = None
         self.device = torch.device("cpu" if options["interpret"] else "cuda")
         self.no_vllm = import_vllm() if options["vllm"] else "vLLM's kernels need a GPU"
 
-    def case_of(self, shape: common.Shape, tokens: int) -> Case:
+    def case_of(self, shape: _shapes.Shape, tokens: int) -> Case:
         import torch
         from gpu.case import Case
 
@@ -66,7 +67,7 @@ class Worker:
             self.case, self.layers, self.shape = None, [], shape.name
             count = 1 if self.options["compile"] else 2
             self.layers = [
-                common.make_layer(shape, self.device, torch.bfloat16) for _ in range(count)
+                _shapes.make_layer(shape, self.device, torch.bfloat16) for _ in range(count)
             ]
         if self.case is None or self.case.point.tokens != tokens:
             self.case = None  # its memory first
@@ -82,7 +83,7 @@ class Worker:
 
             roofs = measure_roofs(self.device)
             return {"tflops": roofs.flops / 1e12, "gbps": roofs.bytes / 1e9}
-        case = self.case_of((common.SHAPES | DRY_SHAPES)[shape], tokens)
+        case = self.case_of((_shapes.SHAPES | DRY_SHAPES)[shape], tokens)
         call = case.call(part, who)
         if step == "compile":
             call.run(0)
@@ -194,7 +195,7 @@ def card(interpret: bool) -> dict[str, Any]:
     import torch
 
     device = torch.device("cpu" if interpret else "cuda")
-    return {"slug": common.device_slug(device), "header": common.header(device)}
+    return {"slug": _tables.device_slug(device), "header": _tables.header(device)}
 
 
 def protocol() -> TextIO:

@@ -14,7 +14,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from _common import read_table
+from _tables import read_table
 from report_tasks import answers_section, choice_section
 from settings import AGAIN, NONE, RULES, Setting, auto_keep, decode_setting, rule, tables
 

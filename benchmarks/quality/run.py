@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "examples")]
 
-from _common import RESULTS, Table, header, today  # noqa: E402
+from _tables import RESULTS, Table, header, today  # noqa: E402
 from settings import KEEPS, REQUESTS, TABLES  # noqa: E402
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from settings import AGAIN, NONE, Setting, auto_keep, decode_setting, rule
 from text import LETTERS, questions
 
 if TYPE_CHECKING:
-    from _common import Table
+    from _tables import Table
     from engine import Engine
     from text import Question
 

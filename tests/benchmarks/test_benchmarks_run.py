@@ -54,14 +54,14 @@ def test_revision_says_what_is_changed_but_for_results(repo_root: Path, tmp_path
     """A benchmark whose results lie there uncommitted doesn't mark the next one's as changed."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    (folder / "_common.py").write_bytes((repo_root / "benchmarks" / "_common.py").read_bytes())
+    (folder / "_tables.py").write_bytes((repo_root / "benchmarks" / "_tables.py").read_bytes())
 
     def out(*command: str) -> str:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     def revision() -> str:
-        return out(sys.executable, "-B", "-c", "import _common; print(_common.revision())")
+        return out(sys.executable, "-B", "-c", "import _tables; print(_tables.revision())")
 
     out("git", "init", "-q", "..")
     out("git", "add", ".")

@@ -60,9 +60,15 @@ def load(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def common(repo_root: Path) -> ModuleType:
-    """benchmarks/_common.py as a module."""
-    return load(repo_root / "benchmarks" / "_common.py")
+def shapes(repo_root: Path) -> ModuleType:
+    """benchmarks/_shapes.py as a module."""
+    return load(repo_root / "benchmarks" / "_shapes.py")
+
+
+@pytest.fixture(scope="module")
+def tables(repo_root: Path) -> ModuleType:
+    """benchmarks/_tables.py as a module."""
+    return load(repo_root / "benchmarks" / "_tables.py")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +78,8 @@ def gates(repo_root: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def report(repo_root: Path, common: ModuleType) -> ModuleType:
-    """benchmarks/moe_layer_report.py as a module, which imports `_common` by that name."""
+def report(repo_root: Path, tables: ModuleType) -> ModuleType:
+    """benchmarks/moe_layer_report.py as a module, which imports `_tables` by that name."""
     return load(repo_root / "benchmarks" / "moe_layer_report.py")
 
 
@@ -113,15 +119,16 @@ import inspect, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, sys.argv[1])
 import torch
-import _common as common
+import _shapes
+import _tables
 import bench_moe_layer as bench
 from _opponents import Vllm, opponents
 
 device, dtype = torch.device("cpu"), torch.bfloat16
-layers = [common.make_layer(common.TINY, device, dtype)]
+layers = [_shapes.make_layer(_shapes.TINY, device, dtype)]
 bound = []
 for mode in ("off", "drop"):
-    case = bench.Case(bench.Point(common.TINY, 40, 3.0, mode, 1.0), layers, device, dtype)
+    case = bench.Case(bench.Point(_shapes.TINY, 40, 3.0, mode, 1.0), layers, device, dtype)
     vllm = Vllm(case)
     assert vllm.block_m in (16, 32, 64, 128), vllm.block_m
     for name, result in (("fused_experts", None), ("topk_softmax", None), ("align", None)):
@@ -131,7 +138,7 @@ for mode in ("off", "drop"):
             bound.append(name)
         setattr(vllm, name, stand_in)
     vllm.experts(0), vllm.route(0), vllm.whole(0)
-    phantom = vllm.ids[0].max().item() == common.TINY.experts
+    phantom = vllm.ids[0].max().item() == _shapes.TINY.experts
     assert phantom == (mode == "drop") == (vllm.map_E is not None)
     columns = [column for column, _, _ in opponents(case, ["vllm"])]
     limited = ["vllm_experts_ms", "vllm_route_ms"]  # its routing is timed in every mode
@@ -162,7 +169,7 @@ class Stand(Vllm):
         return (torch.arange(A + 5 - self.spoiled).clamp(max=A), None, None)
 
 _opponents.Vllm = Stand
-ours = Case(common.TINY, 40, layers, device, "")
+ours = Case(_shapes.TINY, 40, layers, device, "")
 for part in ("experts", "layer", "routing"):
     Stand.spoiled = False
     call = ours.call(part, "vllm")
@@ -205,11 +212,11 @@ def test_routing_goals_are_judged_with_a_limit_too(
     assert judged([row("drop", 8192, 0.02, "")])[2:] == ["PASS 0.020 (1 rows)", "WAITS - (0 rows)"]
 
 
-def test_router_has_the_skew_that_is_asked_for(common: ModuleType) -> None:
+def test_router_has_the_skew_that_is_asked_for(shapes: ModuleType) -> None:
     cpu = torch.device("cpu")
-    for shape in common.SHAPES.values():
+    for shape in shapes.SHAPES.values():
         for peak in (1.0, 3.0, 7.0):
-            logits = common.router_logits(4096, shape, peak, cpu, torch.float32, seed=1)
+            logits = shapes.router_logits(4096, shape, peak, cpu, torch.float32, seed=1)
             ids = logits.topk(shape.top_k).indices.reshape(-1)
             load = torch.bincount(ids, minlength=shape.experts).max().item()
             mean = 4096 * shape.top_k / shape.experts
@@ -218,31 +225,31 @@ def test_router_has_the_skew_that_is_asked_for(common: ModuleType) -> None:
             assert load / mean == pytest.approx(wanted, rel=slack), (shape.name, peak)
 
 
-def test_skew_is_the_same_under_other_defaults(common: ModuleType) -> None:
+def test_skew_is_the_same_under_other_defaults(shapes: ModuleType) -> None:
     """vLLM loads weights with the device and the dtype of the model as torch's defaults."""
-    expected = common.expert_bias(16, 2, 3.0)
-    common.expert_bias.cache_clear()
+    expected = shapes.expert_bias(16, 2, 3.0)
+    shapes.expert_bias.cache_clear()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert common.expert_bias(16, 2, 3.0) == expected
+            assert shapes.expert_bias(16, 2, 3.0) == expected
     finally:
         torch.set_default_dtype(before)
 
 
-def test_capacity_can_be_set_exactly(common: ModuleType) -> None:
-    for shape in common.SHAPES.values():
-        plan = common.make_plan(shape, "drop", 1.5)
+def test_capacity_can_be_set_exactly(shapes: ModuleType) -> None:
+    for shape in shapes.SHAPES.values():
+        plan = shapes.make_plan(shape, "drop", 1.5)
         for T, C in ((4096, 768), (4095, 129), (17, 3)):
-            assert common.capacity_of(common.with_capacity(plan, C, T), T) == C
+            assert shapes.capacity_of(shapes.with_capacity(plan, C, T), T) == C
 
 
-def test_gate_refuses_what_is_wrong(gates: ModuleType, common: ModuleType) -> None:
+def test_gate_refuses_what_is_wrong(gates: ModuleType, shapes: ModuleType) -> None:
     """A fault of one row is found, whichever it is."""
     torch.manual_seed(0)
-    layer = common.make_layer(common.TINY, torch.device("cpu"), torch.bfloat16)
-    hidden = torch.randn(90, common.TINY.hidden).bfloat16()
+    layer = shapes.make_layer(shapes.TINY, torch.device("cpu"), torch.bfloat16)
+    hidden = torch.randn(90, shapes.TINY.hidden).bfloat16()
     weights, experts = torch.rand(90, 8).topk(2)
     experts = experts.int()
     experts[0, 1] = -1
@@ -269,28 +276,28 @@ def test_gate_refuses_what_is_wrong(gates: ModuleType, common: ModuleType) -> No
         gates.gate_seats("wrong", SimpleNamespace(order=swapped, offsets=offsets), experts, 8)
 
 
-def test_table_is_continued_and_kept_apart(common: ModuleType, tmp_path: Path) -> None:
+def test_table_is_continued_and_kept_apart(tables: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     head = ["# date 2026-01-01", "# device A"]
-    common.Table(path, ("a", "b"), ("a",), head).add({"a": 1, "b": 0.123456789})
-    table = common.Table(path, ("a", "b"), ("a",), head)
+    tables.Table(path, ("a", "b"), ("a",), head).add({"a": 1, "b": 0.123456789})
+    table = tables.Table(path, ("a", "b"), ("a",), head)
     assert table.has({"a": 1}) and not table.has({"a": 2})
     assert table.rows == [{"a": "1", "b": "0.12346"}]
     # What was begun once may only have been cut off; what was begun twice is left out.
     for attempts in (1, 2):
         table.begin({"a": 2})
-        again = common.Table(path, ("a", "b"), ("a",), head)
+        again = tables.Table(path, ("a", "b"), ("a",), head)
         assert again.has({"a": 2}) == (attempts == 2)
     with pytest.raises(SystemExit, match="another device"):
-        common.Table(path, ("a", "b"), ("a",), ["# date 2026-01-02", "# device B"])
+        tables.Table(path, ("a", "b"), ("a",), ["# date 2026-01-02", "# device B"])
     with pytest.raises(SystemExit, match="other columns"):
-        common.Table(path, ("a", "c"), ("a",), head)
+        tables.Table(path, ("a", "c"), ("a",), head)
 
 
-def test_estimate_of_weight_traffic(repo_root: Path, common: ModuleType) -> None:
+def test_estimate_of_weight_traffic(repo_root: Path, shapes: ModuleType) -> None:
     """The weights of few tokens are read once, not so with GROUP_M = 1 and tiles for the mean."""
     script = load(repo_root / "benchmarks" / "estimate_experts.py")
-    mixtral, chip = common.SHAPES["mixtral-8x7b"], script.Chip((9, 0), 132)
+    mixtral, chip = shapes.SHAPES["mixtral-8x7b"], script.Chip((9, 0), 132)
     args = SimpleNamespace(tflops=700, gbps=3000, l2=50, draws=3, tail=None)
     for tokens in (64, 128):
         sizes = (mixtral.top_k, mixtral.experts, mixtral.hidden, mixtral.intermediate)
