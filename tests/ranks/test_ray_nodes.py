@@ -3,10 +3,8 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import openai
 import pytest
 from clusters import CLUSTER, TENSOR_PARALLEL
 from engines import environment, free_port
@@ -56,30 +54,23 @@ def test_ray_serve_does_not_serve_there(
     example_model: Path, without: Path, repo_root: Path, tmp_path: Path
 ) -> None:
     """The only GPU is the other node's: there the configuration is made and the replica runs."""
-    port, log = free_port(), tmp_path / "log"
     command = [sys.executable, str(repo_root / "examples" / "ray_serve.py"), str(example_model)]
-    command += ["--ranks", "1", "--mode", "drop", "--port", str(port)]
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    command += ["--ranks", "1", "--mode", "drop", "--port", str(free_port())]
     with (
         ray_head(tmp_path, "--num-gpus=0", "--node-ip-address=127.0.0.1") as cluster,
         ray_worker(tmp_path, without, cluster, "--num-gpus=1"),
-        log.open("w") as out,
-        subprocess.Popen(
+    ):
+        done = subprocess.run(
             command,
             env=environment(**CLUSTER, **cluster),
             cwd=tmp_path,
-            stdout=out,
-            stderr=out,
-        ) as process,
-    ):
-        try:
-            deadline = time.monotonic() + 400
-            while "Engine core initialization failed" not in log.read_text():
-                assert time.monotonic() < deadline, log.read_text()[-6000:]
-                time.sleep(2)
-            with pytest.raises(openai.APIError):
-                client.completions.create(model=example_model.name, prompt="Once", max_tokens=2)
-        finally:
-            process.kill()
-    text = log.read_text()
-    assert "ModuleNotFoundError" in text and "initialize_worker" in text
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=500,
+        )
+    assert done.returncode != 0
+    assert "Deploying application default failed" in done.stdout
+    assert "initialize_worker" in done.stdout
+    assert "ModuleNotFoundError: No module named 'vllm_capmoe'" in done.stdout
