@@ -71,15 +71,15 @@ if not ours.INTERPRETED:
 with pytest.MonkeyPatch.context() as with_path:
     with_path.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
     bench: Any = importlib.import_module("bench_moe_layer")
-SHAPES, TOKENS = bench.common.SHAPES, bench.TOKENS
+SHAPES, TOKENS = bench._shapes.SHAPES, bench.TOKENS
 # Of the benchmarks' whole grid every run takes one small and one middle size; the rest is slow.
 GRID = [
     pytest.param(tokens, marks=() if tokens in (16, 1024) else pytest.mark.slow)
     for tokens in TOKENS
 ]
 ODD = {  # hidden, intermediate, experts, top-k
-    "ragged": bench.common.Shape("ragged", 1000, 776, 12, 3),
-    "unaligned": bench.common.Shape("unaligned", 1001, 777, 12, 3),
+    "ragged": bench._shapes.Shape("ragged", 1000, 776, 12, 3),
+    "unaligned": bench._shapes.Shape("unaligned", 1001, 777, 12, 3),
 }
 ALL = {**SHAPES, **ODD}
 
@@ -187,18 +187,18 @@ class Point(NamedTuple):
 def points(name: str, tokens: int) -> list[Point]:
     """Three points, or one where no capacity limits."""
     shape, turn = ALL[name], list(ALL).index(name) + TOKENS.index(tokens)
-    off = bench.common.make_plan(shape, "off", float("inf"))
+    off = bench._shapes.make_plan(shape, "off", float("inf"))
     found = [Point(off, None, (bench.SKEWS[0], bench.SKEWS[-1])[turn % 2])]
     for i, mode in enumerate(("drop", "expanded")):
-        plan = bench.common.make_plan(shape, mode, bench.GAMMAS[(turn + i) % 3])
-        capacity = bench.common.capacity_of(plan, tokens)
+        plan = bench._shapes.make_plan(shape, mode, bench.GAMMAS[(turn + i) % 3])
+        capacity = bench._shapes.capacity_of(plan, tokens)
         if capacity is not None:
             found.append(Point(plan, capacity, bench.SKEWS[(turn // 3 + i) % 3]))
     return found
 
 
 def logits_of(name: str, tokens: int, skew: float) -> Tensor:
-    return bench.common.router_logits(tokens, ALL[name], skew, CPU, torch.bfloat16)
+    return bench._shapes.router_logits(tokens, ALL[name], skew, CPU, torch.bfloat16)
 
 
 def plain_seats(experts: Tensor, num_experts: int) -> ours.Seats:

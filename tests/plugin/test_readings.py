@@ -47,7 +47,14 @@ OTHERS: tuple[Any, ...] = (
 PUBLIC = {
     *("chat", "generate", "get_tokenizer", "from_engine_args", "collective_rpc", "llm_engine"),
     *("prompt_logprobs", "prompt_token_ids", "token_ids", "logprob", "outputs", "metrics", "text"),
-    *("apply_chat_template", "info_once", "warning_once", "get_triton_kernels_version", "capmoe"),
+    *(
+        "__self__",
+        "apply_chat_template",
+        "info_once",
+        "warning_once",
+        "get_triton_kernels_version",
+        "capmoe",
+    ),
 }
 
 
