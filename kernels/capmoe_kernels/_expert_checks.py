@@ -23,6 +23,8 @@ def weights(
 ) -> None:
     """Weights and biases of the experts fit together, and their rows can be read."""
     check_experts(w13, w2, w13_bias, w2_bias, gated)
+    if 0 in w2.shape[1:]:
+        raise ValueError(f"w2 has the shape {list(w2.shape)}, but H and I must be at least 1.")
     check_rows("w13", w13)
     check_rows("w2", w2)
     for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):

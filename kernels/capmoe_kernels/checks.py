@@ -112,8 +112,6 @@ def check_experts(
     """
     check_tensor("w2", w2, dtypes=WEIGHTS, shape=("E", "H", "I"))
     num_experts, hidden, intermediate = w2.shape
-    if hidden == 0 or intermediate == 0:
-        raise ValueError(f"w2 has the shape {list(w2.shape)}, but H and I must be at least 1.")
     wide = 2 * intermediate if gated else intermediate
     fits = f"w2 {list(w2.shape)} and an activation {'with' if gated else 'without'} gates"
     check_tensor("w13", w13, dtypes=[w2.dtype], shape=(num_experts, wide, hidden), fits=fits)

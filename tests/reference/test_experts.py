@@ -398,6 +398,15 @@ def test_worked_example() -> None:
     torch.testing.assert_close(out, torch.tensor([[40.5]]))
 
 
+def test_experts_of_no_width_give_zero():
+    """What the kernels refuse, plain torch computes: sums over nothing."""
+    sizes = torch.zeros(2, 0, 4), torch.zeros(2, 4, 0)
+    assert prepare_weights(*sizes, activation="silu") is None
+    call = torch.rand(3, 1), torch.zeros(3, 1).int()
+    got = fused_experts_torch(torch.rand(3, 4), *sizes, *call, activation="silu")
+    assert torch.equal(got, torch.zeros(3, 4))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

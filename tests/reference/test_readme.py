@@ -27,8 +27,13 @@ def test_versions(repo_root: Path) -> None:
     (major, first), (_, last) = SUPPORTED[0], SUPPORTED[-1]
     pinned = f"vllm>={major}.{first},<{major}.{last + 1}"
     assert f'"{pinned}"' in (repo_root / "pyproject.toml").read_text()
-    made = re.findall(r'Release\("(\d+\.\d+)', (repo_root / ".ci" / "make_venv.py").read_text())
+    environments = (repo_root / ".ci" / "make_venv.py").read_text()
+    made = re.findall(r'Release\("(\d+\.\d+)', environments)
     assert made == [f"{major}.{minor}" for major, minor in SUPPORTED]
+    # What the compiler makes is compared under one Triton: the one that `make venv` brings.
+    compiled = (repo_root / "docs" / "compiled_kernels.md").read_text()
+    tritons = re.findall(r'triton="([\d.]+)"', environments)
+    assert f"with Triton {tritons[0]};" in compiled
 
 
 def test_metrics_and_the_start_up_line(repo_root: Path) -> None:
