@@ -252,7 +252,7 @@ def child(spec: dict[str, Any]) -> None:
         task = json.loads(line)
         if task["keep"] is not None:
             keep = "auto" if task["keep"] == "auto" else int(task["keep"])
-            llm.collective_rpc("moe_capacity_keep", args=(keep,))
+            llm.collective_rpc("moe_capacity_change", args=({"decode_keep": keep},))
         print(MARK + json.dumps(one_turn(llm, spec, task)), flush=True)
 
 

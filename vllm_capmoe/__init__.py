@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_capmoe.config import CapacityConfig
     from vllm_capmoe.integration import register
+    from vllm_capmoe.integration.live_engine import change_settings
     from vllm_capmoe.integration.required import Required
     from vllm_capmoe.ops import Routing, route
 
     __version__: str
 
-__all__ = ["CapacityConfig", "Required", "Routing", "__version__", "register", "route"]
+__all__ = [
+    "CapacityConfig",
+    "Required",
+    "Routing",
+    "__version__",
+    "change_settings",
+    "register",
+    "route",
+]
 
 _HOME = {
     "CapacityConfig": "vllm_capmoe.config",
     "Required": "vllm_capmoe.integration.required",
     "Routing": "vllm_capmoe.ops",
+    "change_settings": "vllm_capmoe.integration.live_engine",
     "register": "vllm_capmoe.integration",
     "route": "vllm_capmoe.ops",
 }

@@ -13,9 +13,10 @@ from fractions import Fraction
 from typing import Any
 
 from vllm_capmoe import layer_settings
-from vllm_capmoe.layer_settings import LayerSettings
+from vllm_capmoe.layer_settings import LayerSettings, shown
 
 FLAG_PREFIX = "--moe-capacity-"
+MOST = 2**31 - 1
 
 AUTO_KEEP = ((1, Fraction(7, 8)), (8, Fraction(3, 4)), (16, Fraction(5, 8)))
 """Decode keep `auto`: from so many decode tokens in a step on, the share of the top-k that each
@@ -73,7 +74,7 @@ class Option:
             return self.normalise(value)
         except ValueError as error:
             written = value if came is None else came
-            problem = str(error) or f"is {written!r}, but it must be {self.values}"
+            problem = str(error) or f"is {shown(written)}, but it must be {self.values}"
             raise ConfigError(f"{self.flag} {problem}.") from None
 
     def parse(self, text: str) -> Any:
@@ -89,7 +90,7 @@ def _number(text: str) -> int | float | str:
         except ValueError:
             continue
         # "nan" and the long spellings of infinity stay text: only "inf" is accepted.
-        return number if math.isfinite(number) else text
+        return number if isinstance(number, int) or math.isfinite(number) else text
     return text
 
 
@@ -126,7 +127,10 @@ def _words(*choices: str, help: str) -> dict[str, Any]:
 def _integer(
     least: int, *, help: str, words: Mapping[str, str | None] | None = None
 ) -> dict[str, Any]:
-    """Metadata of an option that takes an int >= least, or a word (with the value it stores)."""
+    """Metadata of an option that takes an int from least to MOST, or a word (with what it stores).
+
+    Kernels take them as 32 bits.
+    """
     stored = dict(words or {})
 
     def normalise(value: Any) -> int | str | None:
@@ -138,11 +142,11 @@ def _integer(
         if value is None:
             _refuse_unless(None in stored.values())
             return None
-        _refuse_unless(_is_int(value) and value >= least)
+        _refuse_unless(_is_int(value) and least <= value <= MOST)
         return int(value)
 
     return {
-        "values": _one_of(f"an integer >= {least}", *stored),
+        "values": _one_of(f"an integer >= {least} (below 2^31)", *stored),
         "help": help,
         "choices": None,
         "normalise": normalise,
@@ -156,6 +160,7 @@ def _factor(value: Any) -> int | float:
         return math.inf
     _refuse_unless(_is_int(value) or isinstance(value, float))
     _refuse_unless(value > 0)  # false for NaN, too
+    _refuse_unless(isinstance(value, float) or value < 10**400)  # an int may be of any length
     return int(value) if isinstance(value, int) else float(value)
 
 
@@ -384,12 +389,12 @@ or inf.
         """
         accepted = ", ".join(option.key for option in OPTIONS)
         if not isinstance(values, Mapping):
-            message = f"moe_capacity is {values!r}, but it must be a mapping with keys of "
+            message = f"moe_capacity is {shown(values)}, but it must be a mapping with keys of "
             raise ConfigError(message + f"{accepted}.")
         known = {option.key for option in OPTIONS}
         unknown = [key for key in values if key not in known]
         if unknown:
-            names = ", ".join(repr(key) for key in unknown)
+            names = ", ".join(map(shown, unknown[:4]))
             message = f"moe_capacity has the unknown key {names}, but the accepted keys are "
             raise ConfigError(message + f"{accepted}.")
         return cls(**values)

@@ -33,9 +33,27 @@ class LayerSettings:
         return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
 
 
+def layer_number(layer_name: str) -> int:
+    """The number of the decoder layer that an MoE layer belongs to, by the name vLLM gives it.
+
+    `model.layers.17.mlp.experts` is 17; -1 for a name without a number.
+    """
+    found = re.search(r"\blayers?\.(\d+)\b", layer_name) or re.search(r"\.(\d+)\b", layer_name)
+    return int(found[1]) if found else -1
+
+
 def to_dict(entries: Iterable[LayerSettings]) -> dict[str, dict[str, Any]]:
     """The JSON object of some settings by layer; `parse` reads it back."""
     return {entry.name: dict(entry.values) for entry in entries}
+
+
+def shown(value: Any) -> str:
+    """What came, for the sentence that refuses it: as Python writes it, of at most 100 letters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits; a deep nest
+        text = f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def parse(value: Any, accepted: Iterable[str]) -> tuple[LayerSettings, ...]:
@@ -56,7 +74,9 @@ def parse(value: Any, accepted: Iterable[str]) -> tuple[LayerSettings, ...]:
     if isinstance(value, str):
         value = _read(value)
     if not isinstance(value, Mapping):
-        raise ValueError(f"it is {value!r}, but a JSON object of settings by layer is accepted")
+        raise ValueError(
+            f"it is {shown(value)}, but a JSON object of settings by layer is accepted"
+        )
     keys = tuple(accepted)
     entries = sorted(
         (_entry(name, settings, keys) for name, settings in value.items()),
@@ -75,7 +95,7 @@ def _read(text: str) -> Any:
     """The JSON of a text, or of the file that it names after `@`."""
     source = "it"
     if text.startswith("@"):
-        source = f"the file {text[1:]!r}"
+        source = f"the file {shown(text[1:])}"
         try:
             text = Path(text[1:]).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -83,39 +103,63 @@ def _read(text: str) -> Any:
             raise ValueError(
                 f"{source} can't be read ({reason}), but a file with a JSON object is accepted"
             ) from None
+    return read_json(text, source)
+
+
+def read_json(text: str | bytes, source: str) -> Any:
+    """The JSON of a text, in whose objects each name stands once.
+
+    source: what the text is, for the error.
+
+    Raises:
+        ValueError: it isn't JSON, or nothing that could be meant; in words that end without a stop.
+    """
+    accepted = "but a JSON object is accepted"
     try:
-        return json.loads(text, object_pairs_hook=_once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"{source} isn't JSON{where}, but a JSON object is accepted") from None
+        return json.loads(text, object_pairs_hook=_only_once, parse_int=_short_integer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} isn't JSON (line {error.lineno}), {accepted}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{source} isn't UTF-8 text, {accepted}") from None
+    except RecursionError:
+        raise ValueError(f"{source} isn't JSON that ends (a deep nest), {accepted}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each of whose names stands in it once."""
+def _only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands in it twice, but each name is accepted once")
+        raise ValueError(f"{shown(twice)} stands in it twice, but each name is accepted once")
     return found
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > 400:
+        raise ValueError(f"it has an integer of {len(digits)} digits, but up to 400 are accepted")
+    return int(digits)
 
 
 def _entry(name: Any, settings: Any, accepted: tuple[str, ...]) -> LayerSettings:
     match = _RANGE.fullmatch(name) if isinstance(name, str) else None
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if first > last:
-        raise ValueError(f"it names the layers {name!r}, but '17' or a range '0-3' is accepted")
+        raise ValueError(
+            f"it names the layers {shown(name)}, but '17' or a range '0-3' is accepted"
+        )
     if not isinstance(settings, Mapping) or not settings:
         raise ValueError(
-            f"layer {name!r} has {settings!r}, but an object with at least one setting is accepted"
+            f"layer {name!r} has {shown(settings)}, but an object with at least one setting is "
+            "accepted"
         )
     for key, value in settings.items():
         if key not in accepted:
             raise ValueError(
-                f"layer {name!r} has the setting {key!r}, but {', '.join(accepted)} are accepted"
+                f"layer {name!r} has the setting {shown(key)}, but "
+                f"{', '.join(accepted)} are accepted"
             )
         if not isinstance(value, _SCALARS):
             raise ValueError(
-                f"layer {name!r} has {value!r} as {key}, but a word or a number is accepted"
+                f"layer {name!r} has {shown(value)} as {key}, but a word or a number is accepted"
             )
     return LayerSettings(first, last, tuple(sorted(settings.items())))

@@ -1,6 +1,7 @@
 """What the routing accepts of scores, plan and the tensors beside them, as `checks` says it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from capmoe_kernels._routing_bids import METRICS
 from capmoe_kernels.checks import FLOATS, check_beside, check_runs, check_tensor
 from capmoe_kernels.contract import Plan
+from capmoe_kernels.tables import Tables
 
 _MAX_EXPERTS = 1024  # a program holds whole rows of scores in registers
 _SIZE_LIMIT = 2**30  # of T * E: the part of a bid that holds token and expert has 30 bits
@@ -64,3 +66,20 @@ def check_one(
     if tensor is None and needed:
         raise ValueError(f"{name} is None, but this plan needs a tensor {list(shape)}.")
     check_beside(name, tensor, dtypes, shape, scores_TE)
+
+
+def check_tables(tables: Tables, plan: Plan, T: int, device: torch.device) -> None:
+    """Tables that were made for a plan which differs in gamma and keeps at most."""
+    made_for = tables.plan
+    if plan is not made_for and made_for != replace(
+        plan, gamma=made_for.gamma, keeps=made_for.keeps
+    ):
+        raise ValueError(f"tables were made for {made_for}, but the plan is {plan}.")
+    for each in (tables.limits, tables.keeps):
+        if each is not None and each.device != device:
+            raise ValueError(f"tables are on {each.device}, but they must be on {device}.")
+    if tables.limits is not None and len(tables.limits) <= T:
+        raise ValueError(
+            f"tables are for {len(tables.limits) - 1} tokens, but they must be for {T}, those of "
+            "scores_TE."
+        )

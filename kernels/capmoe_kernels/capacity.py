@@ -13,7 +13,7 @@ from torch import Tensor
 
 from capmoe_kernels.contract import NO_LIMIT, Plan
 
-__all__ = ["TABLES", "capacity", "capacity_table"]
+__all__ = ["TABLES", "capacity", "capacity_table", "limits_by_tokens"]
 
 # Tables that are kept. A captured graph reads a table without owning it, so none that an engine
 # uses may fall out: one for each power of two of tokens and each setting of its layers.
@@ -86,6 +86,12 @@ def capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[T
 
 @lru_cache(maxsize=TABLES)
 def _capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[Tensor, int]:
+    table, first = limits_by_tokens(plan, max_tokens)
+    return table.to(device), first
+
+
+def limits_by_tokens(plan: Plan, max_tokens: int) -> tuple[Tensor, int]:
+    """`capacity_table` for 0, 1, ... max_tokens tokens, made anew, on the CPU."""
     sizes = torch.tensor(plan.bin_sizes)
     limit_by_size = {n: _capacities(plan, n, max_tokens) for n in set(plan.bin_sizes)}
     limit_TX = torch.stack([limit_by_size[n] for n in plan.bin_sizes], dim=1)
@@ -95,4 +101,4 @@ def _capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[
     limited = (~free_T).nonzero().flatten()
     first = int(limited[0]) if len(limited) else NO_LIMIT
     table = limit_TX.clamp_(max=NO_LIMIT).masked_fill_(free_T[:, None], NO_LIMIT)
-    return table.int().to(device), first
+    return table.int(), first

@@ -32,7 +32,7 @@ from capmoe_kernels._routing_arguments import (
     rows,
     up_to_four,
 )
-from capmoe_kernels._routing_checks import check_one, check_plan, check_scores
+from capmoe_kernels._routing_checks import check_one, check_plan, check_scores, check_tables
 from capmoe_kernels._routing_launch import (
     first_draw,
     keep_table,
@@ -43,6 +43,7 @@ from capmoe_kernels.capacity import capacity_table
 from capmoe_kernels.checks import INTEGERS, check_contiguous
 from capmoe_kernels.contract import NO_LIMIT, SCORINGS, TOTALS, Plan, Seats, Selection
 from capmoe_kernels.launch import ceil_div
+from capmoe_kernels.tables import Tables
 
 __all__ = [
     "INTERPRETED",
@@ -52,7 +53,7 @@ __all__ = [
     "TOTALS",
     "Seats",
     "Selection",
-    "prepare_limits",
+    "Tables",
     "route_triton",
 ]
 
@@ -76,6 +77,7 @@ def route_triton(
     token_device_T: Tensor | None = None,
     seed: int = 0,
     counters: Tensor | None = None,
+    tables: Tables | None = None,
 ) -> Selection:
     """Decode keep, then Token Drop, Expanded Drop or reroute, as `route_torch` does them.
 
@@ -95,6 +97,9 @@ def route_triton(
     seed: for metric random.
     counters: int64 [2 * E + len(TOTALS)] or None; the step is added to it: its loads before, its
         loads after, then what `contract.COUNTERS` says.
+    tables: what is read in the place of `gamma` and `keeps` of the plan, which are not looked at
+        then; None: they are, and their tables are built by the first call of a size, which must
+        not be in the capture of a CUDA graph.
 
     Time is linear in T * E * (k + m). All integers equal those of `route_torch`; so do the bits of
     the weights, but those of NaN. No gradients. Raises ValueError for what does not fit, before
@@ -124,12 +129,19 @@ def route_triton(
     device = scores_TE.device
 
     # Whether any limit can be in effect, whatever the tensors hold.
-    limited, table, least = False, None, 0
-    if plan.mode != "off" and plan.gamma is not None and T > 0:
-        table, least = capacity_table(plan, T, device)
+    limited, limits, least = False, None, 0
+    keeps = keep_table(plan.keeps, device) if plan.keeps and tables is None else None
+    if tables is not None:
+        check_tables(tables, plan, T, device)
+        limits, least, keeps = tables.limits, tables.least, tables.keeps
+    elif plan.mode != "off" and plan.gamma is not None and T > 0:
+        limits, least = capacity_table(plan, T, device)
+    if limits is not None:
         least = max(least, plan.min_tokens)
         limited = least <= T
-    sharing = bool(plan.keeps) and is_decode_T is not None
+    if is_decode_T is None:
+        keeps = None
+    sharing = keeps is not None
     bins = min(G, T // max(least, 1)) * B  # of groups that may have a limit
     M = plan.extra if limited else 0
     L = K + M
@@ -206,7 +218,7 @@ def route_triton(
         tags,
         groups,
         load_before,
-        keep_table(plan.keeps, device) if sharing else None,
+        keeps,
         loaded,
         decode_keys,
         rest,
@@ -219,7 +231,7 @@ def route_triton(
         K=K,
         M=M0,
         B=B,
-        KEEPS=len(plan.keeps),
+        KEEPS=0 if keeps is None else len(keeps),
         TEXT_LAST=plan.priority == "text-first",
         SCORING=scoring or "none",
         BLOCK_T=config.choose_rows,
@@ -255,7 +267,7 @@ def route_triton(
             keys,
             bin_device,
             groups,
-            table,
+            limits,
             capacity,
             last_bids,
             bin_loads,
@@ -378,18 +390,3 @@ def route_triton(
         **options(config.seat_warps),
     )
     return selection
-
-
-def prepare_limits(plan: Plan, max_tokens: int, device: torch.device) -> None:
-    """Build the tables of limits for all steps of up to max_tokens tokens, once per plan, and that
-    of decode keep.
-
-    A call builds what it needs by itself, but copies it to the device, which the capture of a CUDA
-    graph doesn't allow.
-    """
-    if plan.keeps:
-        keep_table(plan.keeps, device)
-    if plan.mode == "off" or plan.gamma is None:
-        return
-    for power in range(max(max_tokens, 1).bit_length() + 1):
-        capacity_table(plan, 1 << power >> 1, device)

@@ -19,8 +19,8 @@ def run(
 ) -> Run:
     """Run an offline engine; equal calls are answered from the first one's result.
 
-    run(batches, max_tokens=8, plugin=True, environment={}, **engine keywords) -> the result of
-    run_engine.py. float32, eager and without prefix caching unless said otherwise, so that runs
+    run(batches, max_tokens=8, plugin=True, changes=None, env={}, **engine keywords) -> the result
+    of run_engine.py. float32, eager and without prefix caching unless said otherwise, so that runs
     can be compared.
     """
     folder = tmp_path_factory.mktemp("runs")
@@ -31,6 +31,7 @@ def run(
         *,
         max_tokens: int = 8,
         plugin: bool = True,
+        changes: list[dict[str, Any] | None] | None = None,
         env: dict[str, str] | None = None,
         **engine: Any,
     ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def run(
             "engine": engine,
             "batches": batches,
             "max_tokens": max_tokens,
+            "changes": changes,
             "capacity": mode != "off" or asked.get("moe_capacity_decode_keep", "off") != "off",
         }
         key = json.dumps([spec, plugin, env], sort_keys=True)

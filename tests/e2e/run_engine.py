@@ -3,8 +3,9 @@
     python run_engine.py SPEC.json RESULT.json
 
 SPEC: {"engine": keywords of LLM(...), "batches": [[prompt, ...], ...], "max_tokens": n,
-"capacity": whether the plugin's worker methods are there to be asked}. Every batch is one call of
-`LLM.generate`, greedy, with log-probabilities of the prompt's tokens and of the generated ones.
+"capacity": whether the plugin's worker methods are there to be asked, "changes": for every batch
+the settings that change before it, or None}. Every batch is one call of `LLM.generate`, greedy,
+with log-probabilities of the prompt's tokens and of the generated ones.
 """
 
 import json
@@ -62,9 +63,9 @@ def as_dict(output: Any) -> dict[str, Any]:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    if any(key.startswith("moe_capacity_") for key in spec["engine"]):
-        import vllm_capmoe
+    import vllm_capmoe
 
+    if any(key.startswith("moe_capacity_") for key in spec["engine"]):
         vllm_capmoe.register()
     from vllm import LLM, SamplingParams
 
@@ -74,7 +75,11 @@ def main() -> None:
     )
     result: dict[str, Any] = {"batches": [], "records": [], "counters": None}
     result["patched"] = llm.collective_rpc(patched_seams, args=(SEAMS,))[0]
-    for prompts in spec["batches"]:
+    result["now"] = []
+    changes = spec.get("changes") or [None] * len(spec["batches"])
+    for prompts, change in zip(spec["batches"], changes, strict=True):
+        if change:
+            result["now"].append(vllm_capmoe.change_settings(llm, **change))
         if spec["capacity"]:
             llm.collective_rpc("moe_capacity_record", args=(True,))
         result["batches"].append([as_dict(o) for o in llm.generate(prompts, sampling)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +132,106 @@ def check(scores: Tensor, plan: Plan, **tensors: Any) -> Selection:
 def make_plan(E: int, k: int, **config: Any) -> Plan:
     config = {"mode": "drop", "factor": 1.0, "min_capacity": 1, **config}
     return resolve(CapacityConfig(**config), num_experts=E, top_k=k, renormalize=True)
+
+
+# --- Random cases ---------------------------------------------------------------------------
+
+
+def make_scores(rng: random.Random, T: int, E: int) -> Tensor:
+    """[T, E] in one of several styles, ties and odd numbers among them."""
+    odd = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, 3.4e38, 0.1]
+    style = rng.choice(["softmax", "normal", "bfloat16", "few", "equal", "hot", "odd", "nan"])
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    scores = torch.randn(T, E, generator=generator)
+    if style in ("softmax", "bfloat16", "nan"):
+        scores = (2 * scores).softmax(dim=1)
+    if style == "nan":
+        scores = scores.masked_fill(torch.rand(T, E, generator=generator) < 0.3, NAN)
+    if style == "few":
+        scores = scores.sign() * 0.25
+    if style == "equal":
+        scores = torch.full((T, E), 0.25)
+    if style == "hot":
+        scores = scores.index_fill(1, torch.tensor([rng.randrange(E)]), 9.0)
+    if style == "odd":
+        scores = torch.tensor([[rng.choice(odd) for _ in range(E)] for _ in range(T)])
+        scores = scores.reshape(T, E)
+    dtype = torch.bfloat16 if style == "bfloat16" else torch.float32
+    if style in ("normal", "odd") and rng.random() < 0.4:
+        dtype = rng.choice([torch.float16, torch.float64])
+    return scores.to(dtype=dtype, device=DEVICE)
+
+
+def make_case(
+    rng: random.Random, T: int | None = None, **fixed: Any
+) -> tuple[Tensor, Plan, dict[str, Any]]:
+    """Scores, plan and tensors of an allowed call; `fixed` are keys of the configuration."""
+    E = rng.choice([1, 2, 3, 5, 8, 8, 12, 16])
+    k = rng.choice([1, min(2, E), min(3, E), rng.randint(1, E), E])
+    T = rng.choice([1, 2, 5, 16, 17, rng.randint(20, 50)]) if T is None else T
+    mode = fixed.get("mode") or rng.choice(["drop", "expanded", "reroute"])
+    if mode == "reroute" and rng.random() < 0.7:  # room, so that something can be given
+        E, k, T = rng.choice([8, 12, 16]), rng.choice([1, 2, 3]), rng.randint(16, 50)
+        room = {"factor": rng.choice([0.75, 1.0, 1.1]), "min_capacity": 1, "min_tokens": 0}
+        fixed = {**room, **fixed}
+
+    def some(share: float) -> Tensor:
+        return torch.tensor([rng.random() < share for _ in range(T)], dtype=torch.bool)
+
+    ids = rng.choice([torch.int32, torch.int64])
+    devices = [[e % 3 for e in range(E)], [e * 2 // E for e in range(E)], [1] * E]
+    devices += [[rng.choice([0, 2, 5]) for _ in range(E)], [rng.randrange(E) for _ in range(E)]]
+    device_E = rng.choice(devices)
+    config: dict[str, Any] = {
+        "mode": mode,
+        "fill": rng.choice(["busiest", "capacity"]),
+        "factor": rng.choice([0.1, 0.25, 0.5, 0.75, 1.0, 1.1, 2.0]),
+        "metric": rng.choice(["score", "order", "reverse-order", "random"]),
+        "level": rng.choice(["expert", "device"]),
+        "scope": rng.choice(["batch", "request"]),
+        "candidates": rng.choice(["local", "global"]),
+        "expanded_experts": rng.choice([None, "all", 1, 2]),
+        "max_experts": rng.choice(["auto", "none", k, k + 1]),
+        "renormalize": rng.choice(["always", "never"]),
+        "priority": rng.choice(["uniform", "image-first", "text-first"]),
+        "min_capacity": rng.choice([1, 1, 2, 4]),
+        "min_tokens": rng.choice([0, 0, 0, T, max(T - 3, 0), 8]),
+        **fixed,
+    }
+    if config["scope"] == "batch":
+        config.setdefault("decode_keep", rng.choice(["off", "auto", rng.randint(1, k)]))
+    plan = resolve(
+        CapacityConfig(**config),
+        num_experts=E,
+        top_k=k,
+        expert_device=device_E,
+        has_token_device=True,
+    )
+    tensors: dict[str, Any] = {
+        "device_E": torch.tensor(device_E, dtype=ids),
+        "token_device_T": torch.tensor([rng.choice(device_E) for _ in range(T)], dtype=ids),
+        "is_image_T": some(0.5),
+        "seed": rng.choice([0, 1, -1, 2**32 - 1, 2**40 + 7, rng.randrange(2**32)]),
+    }
+    padding = None
+    if rng.random() < 0.6:
+        padding = tensors["is_padding_T"] = some(rng.choice([0.1, 0.5]))
+        if rng.random() < 0.4:  # at the end, as vLLM pads
+            padding = tensors["is_padding_T"] = padding.sort().values
+    if rng.random() < 0.6:
+        tensors["is_decode_T"] = some(rng.choice([0.1, 0.3, 0.8]))
+    if rng.random() < 0.4:
+        rows = [rng.sample(range(E), k) for _ in range(T)]
+        tensors["topk_TK"] = topk = torch.tensor(rows, dtype=ids).reshape(T, k)
+        if padding is not None:
+            topk[padding] = rng.choice([-1, E, 99])
+    if plan.scope == "request":
+        count = rng.choice([1, 2, 4, T])
+        request = [rng.randrange(count) for _ in range(T)]
+        if rng.random() < 0.7:  # neighbours, as in vLLM
+            request.sort()
+        tensors["request_T"] = torch.tensor(request, dtype=torch.int64)
+        tensors["num_requests"] = count + rng.choice([0, 0, 3])
+    for name, value in tensors.items():
+        tensors[name] = value.to(DEVICE) if isinstance(value, Tensor) else value
+    return make_scores(rng, T, E), plan, tensors

@@ -135,16 +135,3 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(routing, "INTERPRETED", False)
     with pytest.raises(ValueError, match="scores_TE is on cpu.*TRITON_INTERPRET=1"):
         route_triton(torch.rand(4, 8), make_plan(8, 2))
-
-
-def test_prepared_limits_leave_nothing_to_build_in_a_capture() -> None:
-    plan, device = make_plan(8, 2, factor=0.7531), torch.device(DEVICE)
-    plan = dataclasses.replace(plan, keeps=(2, 2, 1, 2, 1))
-    routing.prepare_limits(plan, 2048, device)
-    built = capacity._capacity_table.cache_info().misses
-    keeps = launch.keep_table.cache_info().misses
-    assert launch.keep_table(plan.keeps, device).tolist() == [2, 2, 1, 2, 1]
-    assert launch.keep_table.cache_info().misses == keeps
-    for tokens in (1, 2, 3, 100, 511, 512, 1000, 2047, 2048):
-        capacity.capacity_table(plan, tokens, device)
-    assert capacity._capacity_table.cache_info().misses == built

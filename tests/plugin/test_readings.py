@@ -10,6 +10,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
+import ipaddress
+import json
 import logging
 import os
 import re
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fastapi
 import numpy
 import packaging.version
 import prometheus_client
@@ -42,6 +45,8 @@ OTHERS: tuple[Any, ...] = (
     *(functools, importlib, inspect, logging.Logger, re, re.Match, socket, time, zlib),
     *(packaging.version.Version, prometheus_client.Counter, os, sys, hashlib, collections.deque),
     *(io.TextIOBase, torch.ops, staticmethod(len), int),
+    # What a web application is written with: vLLM's routes are, too.
+    *(fastapi.FastAPI, fastapi.APIRouter, fastapi.Request, ipaddress, ipaddress.IPv4Address, json),
 )
 # vLLM's API for its users, its log and its modules as such: what a release doesn't take away.
 PUBLIC = {

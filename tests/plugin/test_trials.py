@@ -8,8 +8,8 @@ from routers import MIXTRAL, E, K, T, forward_context, make, prompt_of_one_reque
 from vllm.forward_context import override_forward_context
 
 from vllm_capmoe import CapacityConfig, route
-from vllm_capmoe.integration.layers import layer_number
 from vllm_capmoe.integration.trials import LayerTrials
+from vllm_capmoe.layer_settings import layer_number
 from vllm_capmoe.plan import resolve
 
 TRIALS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from vllm_capmoe.config import OPTIONS, CapacityConfig
 from vllm_capmoe.integration import checks, compat, front_end, isolation, readings
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.settings import KEY, PREFIX, capacity_config
+from vllm_capmoe.layer_settings import shown
 
 GROUP = "MoECapacityConfig"
 _DESCRIPTION = (
@@ -73,8 +74,8 @@ def merge(additional_config: Any, given: dict[str, Any]) -> Any:
     for key in given:
         if key in before and getattr(configured, key) != getattr(wanted, key):
             raise ValueError(
-                f"--moe-capacity-{key.replace('_', '-')} came as {given[key]!r} and in "
-                f'additional_config["{KEY}"] as {before[key]!r}: one value is accepted.'
+                f"--moe-capacity-{key.replace('_', '-')} came as {shown(given[key])} and in "
+                f'additional_config["{KEY}"] as {shown(before[key])}: one value is accepted.'
             )
     merged = CapacityConfig.from_dict({**before, **given})
     return {**additional_config, KEY: merged.to_dict()}

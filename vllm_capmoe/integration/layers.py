@@ -1,6 +1,5 @@
 """The MoE layers of a loaded model: bound to the configuration once, and found again later."""
 
-import re
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from vllm_capmoe.integration.placement import placement
 from vllm_capmoe.integration.router import CapacityRouter
 from vllm_capmoe.integration.stats import LayerStats
 from vllm_capmoe.integration.step import StepTokens
+from vllm_capmoe.layer_settings import layer_number
 from vllm_capmoe.plan import Plan, resolve
 
 if TYPE_CHECKING:
@@ -140,15 +140,6 @@ def keeps_rows(layer: MoERunner) -> bool:
     return kernel is not None and isinstance(
         kernel.prepare_finalize, MoEPrepareAndFinalizeNoDPEPModular
     )
-
-
-def layer_number(layer_name: str) -> int:
-    """The number of the decoder layer that an MoE layer belongs to, by the name vLLM gives it.
-
-    `model.layers.17.mlp.experts` is 17; -1 for a name without a number.
-    """
-    found = re.search(r"\blayers?\.(\d+)\b", layer_name) or re.search(r"\.(\d+)\b", layer_name)
-    return int(found[1]) if found else -1
 
 
 def layer_seed(seed: int | None, layer_name: str) -> int:

@@ -23,6 +23,7 @@ from prometheus_client import Counter as PrometheusCounter
 from vllm.logger import init_logger
 
 from vllm_capmoe.integration.compat import Function, Patch
+from vllm_capmoe.integration.live_engine import ask_workers
 from vllm_capmoe.integration.settings import capacity_config
 from vllm_capmoe.integration.stats import TABLE
 
@@ -171,11 +172,8 @@ def _start(engine: Any) -> None:
     loggers = engine.logger_manager.stat_loggers
     classes = {each._counter_cls for each in loggers if isinstance(each, PrometheusStatLogger)}
 
-    async def ask() -> list[list[Totals]]:
-        rpc: tuple[Any, ...] = ("collective_rpc", "moe_capacity_totals", None, (), {})
-        return await client.call_utility_all_async(*rpc)
-
     name = vllm_config.model_config.served_model_name
+    ask = functools.partial(ask_workers, client, "moe_capacity_totals")
     publisher = Publisher(name if isinstance(name, str) else name[0], classes, ask)
     engine.moe_capacity_publishing = asyncio.create_task(
         publisher.publish_while(engine.output_handler, envs.VLLM_LOG_STATS_INTERVAL)

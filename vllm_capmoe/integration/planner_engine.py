@@ -126,7 +126,7 @@ def run_times(spec: dict[str, Any], result: Path, done: int) -> None:
         for turn in range(1 + turns):
             prompts = groups[turn % len(groups)]
             for keep in keeps if turn % 2 else reversed(keeps):
-                llm.collective_rpc("moe_capacity_keep", args=(int(keep),))
+                llm.collective_rpc("moe_capacity_change", args=({"decode_keep": int(keep)},))
                 before = _decode_steps(llm)
                 outputs = []
                 for chats, chunk in conversations(prompts, len(prompts)):
@@ -151,8 +151,9 @@ def _per_token(output: Any) -> float:
 
 def _decode_steps(llm: Any) -> tuple[int, int]:
     """Steps without a prompt token, and the experts that were loaded in them, over all layers."""
-    workers = llm.collective_rpc("moe_capacity_counters")
-    layers = {each["layer"]: each for own in workers for each in own}.values()
+    from vllm_capmoe.integration.stats import by_layer
+
+    layers = by_layer([llm.collective_rpc("moe_capacity_counters")])
     steps = sum(layer["steps"] - layer["prompt_steps"] for layer in layers)
     return steps, sum(layer["decode_active_after"] for layer in layers)
 
@@ -170,13 +171,12 @@ def _counted(llm: Any) -> Counted:
     """What the layers have counted since the engine started: the keys of `Counts` that serving
     counts too, layer by layer.
     """
-    from vllm_capmoe.integration.layers import layer_number
+    from vllm_capmoe.integration.stats import by_layer
+    from vllm_capmoe.layer_settings import layer_number
     from vllm_capmoe.ranking import MASS_BITS
 
     found: Counted = {}
-    workers = llm.collective_rpc("moe_capacity_counters")
-    # Tensor parallel workers count alike, but for those that route parts of the tokens.
-    for layer in {(each["layer"], each["part"]): each for own in workers for each in own}.values():
+    for layer in by_layer([llm.collective_rpc("moe_capacity_counters")]):
         counts = {
             "steps": layer["steps"],
             "assignments": sum(layer["load_before"]),

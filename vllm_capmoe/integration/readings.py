@@ -102,7 +102,7 @@ OF_CONFIGURATION = (
     Reading(
         "vllm.envs",
         ("VLLM_PLUGINS", "VLLM_BATCH_INVARIANT", "VLLM_MOE_SKIP_PADDING")
-        + ("VLLM_LOG_STATS_INTERVAL",),
+        + ("VLLM_LOG_STATS_INTERVAL", "VLLM_API_KEY"),
         "switches of the environment",
         "see checks.check_environment",
     ),
@@ -319,6 +319,25 @@ OF_FRONT_ENDS = (
         "which engine a front end listens to, and how it keeps statistics",
         "see metrics._start",
     ),
+    # Live changes: live_engine.py, endpoint.py.
+    Reading(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        ("pause_generation", "resume_generation", "is_paused", "reset_prefix_cache"),
+        "how to find all workers between two steps, and to forget what is cached",
+        "see live_engine.change: no step may be in flight, and no request may be lost",
+    ),
+    Reading(
+        "vllm.entrypoints.llm:LLM",
+        ("reset_prefix_cache",),
+        "the same of an engine without a server",
+        "see live_engine.change_settings",
+    ),
+    Reading(
+        "vllm.entrypoints.serve.middleware.authenticate",
+        ("GUARDED_PREFIX",),
+        "under which paths vLLM asks for its key",
+        "see endpoint.PATH, which must be one of them",
+    ),
     Reading(
         "vllm.v1.engine.core_client:AsyncMPClient",
         ("client_index", "core_engines", "_call_utility_async", "call_utility_all_async"),
@@ -345,11 +364,14 @@ OF_FRONT_ENDS = (
         "see planner_engine._per_token",
     ),
 )
-"""Read where requests arrive: metrics.py, proof.py, planner_engine.py."""
+"""Read where requests arrive: metrics.py, proof.py, live_engine.py, planner_engine.py."""
 
 NOT_EVERYWHERE = {
     "aux_output_config": "of VllmConfig, 0.33: getattr with a default in checks._unserved",
     "enable_return_routed_experts": "the same",
+    "api_key": "of FrontendArgs, which moved in 0.33: where it is gone, endpoint.py ends the start",
+    "host": "the same",
+    "uds": "the same",
     "expert_substitution": "of RoutedExperts, 0.33: getattr with a default in layer_checks",
 }
 

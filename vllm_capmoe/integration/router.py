@@ -31,6 +31,7 @@ from vllm.utils.torch_utils import (
 
 from capmoe_kernels.capacity import capacity
 from capmoe_kernels.contract import SCORINGS, Plan, Seats, Selection, Step
+from capmoe_kernels.tables import Tables
 from vllm_capmoe.integration.compat import Function, Patch
 from vllm_capmoe.integration.families import SCORING, family_of
 from vllm_capmoe.integration.phantom import fill_unused
@@ -87,6 +88,8 @@ class CapacityRouter(BaseRouter):
         self.token_device: Tensor | None = None
         self.shard = Shard()
         self.observes = False
+        self.observes_live = False
+        self.tables: Tables | None = None
         self.trials: LayerTrials | None = None
         self.fills_unused = False
         self.drops = False
@@ -146,9 +149,20 @@ class CapacityRouter(BaseRouter):
         self.by_kernel = backend == "triton" or tokens.request.is_cuda
         self.keeps_seats = backend == "triton" and first_local is not None
         if self.by_kernel:
-            from capmoe_kernels.routing import prepare_limits
+            self.tables = Tables.of(plan, tokens.is_decode.shape[0], tokens.is_decode.device)
 
-            prepare_limits(plan, tokens.is_decode.shape[0], tokens.is_decode.device)
+    def change(self, plan: Plan, observes: bool) -> None:
+        """Route by other numbers from the next step on.
+
+        plan: differs in gamma and keeps only, at most; they go to the tables too, which captured
+            graphs read. observes: decide by them and count, and apply nothing: plain top-k.
+
+        Raises:
+            ValueError: the tables of this layer can't hold them.
+        """
+        if self.tables is not None:
+            self.tables.set(plan)
+        self.plan, self.observes_live = plan, observes
 
     def bind_draft(self) -> None:
         """This layer is a draft model's: it routes as vLLM does, and counts in nothing.
@@ -212,9 +226,32 @@ class CapacityRouter(BaseRouter):
         Returns:
             the selection, and the padding of these rows: bool [T].
         """
-        plan, stats, tokens = self.plan, self.stats, self.tokens
-        assert plan is not None and stats is not None and tokens is not None
-        rows, cut = router_logits.shape[0], self.shard.cut
+        plan, stats = self.plan, self.stats
+        assert plan is not None and stats is not None
+        step, request = self._step(router_logits.shape[0], plan)
+        selection = self._select(router_logits, topk_ids, plan, step, self.tables, stats)
+        if stats.recording:
+            keys = score_keys(self._scores(router_logits))
+            stats.record(
+                selection,
+                topk=choose_top_k(keys, plan.top_k, topk_ids),
+                is_padding=step["is_padding_T"],
+                is_decode=step["is_decode_T"],
+                request=request,
+            )
+        if self.trials is not None:
+            self.trials.add(self._scores(router_logits), topk_ids, step)
+        if self.observes_live:
+            without = dataclasses.replace(plan, gamma=None, keeps=())
+            selection = self._select(router_logits, topk_ids, without, step)
+        is_padding = step["is_padding_T"]
+        assert is_padding is not None
+        return selection, is_padding
+
+    def _step(self, rows: int, plan: Plan) -> tuple[Step, Tensor]:
+        """What is known of these rows, and the request of each: int64 [T]."""
+        tokens, cut = self.tokens, self.shard.cut
+        assert tokens is not None
         is_padding = self.shard.cut_mask(get_forward_context().is_padding, rows)
         is_decode, request = cut(tokens.is_decode, rows, False), cut(tokens.request, rows, 0)
         owner = None if self.token_device is None else cut(self.token_device, rows, 0)
@@ -228,44 +265,46 @@ class CapacityRouter(BaseRouter):
             "token_device_T": owner,
             "seed": self.seed,
         }
-        selection: Selection | None = None
+        return step, request
+
+    def _select(
+        self,
+        router_logits: Tensor,
+        topk_ids: Tensor | None,
+        plan: Plan,
+        step: Step,
+        tables: Tables | None = None,
+        stats: LayerStats | None = None,
+    ) -> Selection:
+        """Who holds which expert, by `tables` where they are given; counted in `stats`."""
         if self.by_kernel:
             from capmoe_kernels.routing import route_triton
 
             inside = self.scoring_func in SCORINGS
-            selection = route_triton(
+            return route_triton(
                 router_logits if inside else self._scores(router_logits),
                 plan,
                 scoring=self.scoring_func if inside else None,
-                counters=stats.counts,
+                counters=None if stats is None else stats.counts,
+                tables=tables,
                 topk_TK=topk_ids,
                 **step,
             )
-        else:
-            scores = self._scores(router_logits)
-            if topk_ids is not None and not scores.is_cuda:
-                selection = route_unlimited(scores, plan, topk_TK=topk_ids, **step)
-            if selection is None:
-                selection = route_torch(scores, plan, topk_TK=topk_ids, **step)
+        selection: Selection | None = None
+        scores = self._scores(router_logits)
+        if topk_ids is not None and not scores.is_cuda:
+            selection = route_unlimited(scores, plan, topk_TK=topk_ids, **step)
+        if selection is None:
+            selection = route_torch(scores, plan, topk_TK=topk_ids, **step)
+        if stats is not None:
             stats.add(selection)
-        if stats.recording:
-            keys = score_keys(self._scores(router_logits))
-            stats.record(
-                selection,
-                topk=choose_top_k(keys, plan.top_k, topk_ids),
-                is_padding=is_padding,
-                is_decode=is_decode,
-                request=request,
-            )
-        if self.trials is not None:
-            self.trials.add(self._scores(router_logits), topk_ids, step)
-        return selection, is_padding
+        return selection
 
     def hold(self, router_logits: Tensor, topk_ids: Tensor | None) -> Held | None:
         """`decide`, quickly, for steps on the CPU without limit, padding and records; else None."""
         plan, stats, tokens = self.plan, self.stats, self.tokens
         assert plan is not None and stats is not None and tokens is not None
-        if self.by_kernel or topk_ids is None or plan.width != plan.top_k:
+        if self.by_kernel or topk_ids is None or plan.width != plan.top_k or self.observes_live:
             return None
         rows = router_logits.shape[0]
         is_padding = self.shard.cut_mask(get_forward_context().is_padding, rows).numpy()

@@ -8,10 +8,8 @@ Methods of a worker:
     moe_capacity_records()      what was kept
     moe_capacity_try()          try settings on every step
     moe_capacity_tried()        what they would do
-    moe_capacity_keep()         another k0 from here on, for measuring
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +19,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_capmoe.config import CapacityConfig
-from vllm_capmoe.integration.layers import layer_number, moe_layers
+from vllm_capmoe.integration.layers import moe_layers
 from vllm_capmoe.integration.stats import read, totals
 from vllm_capmoe.integration.trials import LayerTrials
+from vllm_capmoe.layer_settings import layer_number
 from vllm_capmoe.plan import resolve
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def moe_capacity_record(vllm_config: "VllmConfig", on: bool, rows: bool = True) 
         ValueError: steps are replayed from CUDA graphs, in which nothing reaches the host.
     """
     if on:
-        _refuse_graphs("moe_capacity_record keeps every step", vllm_config)
+        refuse_graphs("moe_capacity_record keeps every step", vllm_config)
     for layer in moe_layers(vllm_config):
         stats = layer.router.stats
         stats.recording, stats.recording_rows = on, rows
@@ -72,11 +71,17 @@ def moe_capacity_records(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
     return [record for layer in moe_layers(vllm_config) for record in layer.router.stats.records]
 
 
-def _refuse_graphs(what: str, vllm_config: "VllmConfig") -> None:
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    if graphs not in (None, CUDAGraphMode.NONE):
+def has_graphs(vllm_config: "VllmConfig") -> bool:
+    """Whether steps are replayed from CUDA graphs."""
+    return vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+
+
+def refuse_graphs(what: str, vllm_config: "VllmConfig") -> None:
+    """Refuse what Python must do in every step."""
+    if has_graphs(vllm_config):
+        mode = vllm_config.compilation_config.cudagraph_mode
         raise ValueError(
-            f"{what}, but the CUDA graphs of cudagraph_mode {graphs.name} hide them: "
+            f"{what}, but steps are replayed from the CUDA graphs of cudagraph_mode {mode.name}: "
             "--enforce-eager is accepted."
         )
 
@@ -98,7 +103,7 @@ def moe_capacity_try(
             graphs, in which nothing reaches the host.
     """
     if trials:
-        _refuse_graphs("trials need every step", vllm_config)
+        refuse_graphs("trials need every step", vllm_config)
     for layer in moe_layers(vllm_config):
         router = layer.router
         experts = router.num_logical_experts
@@ -147,35 +152,6 @@ def moe_capacity_tried(vllm_config: "VllmConfig") -> list[dict[str, Any]]:
     return found
 
 
-def moe_capacity_keep(vllm_config: "VllmConfig", keep: int | str) -> None:
-    """Another `decode_keep` from the next step on, for measuring: in the plans of the layers, or in
-    the device tables that kernels and CUDA graphs read.
-
-    keep: k0 from 1 to k, or "auto".
-
-    Raises:
-        ValueError: keep is above k; or the engine was started with a fixed k0 and "auto" is asked
-            for, or without one that acts.
-    """
-    for layer in moe_layers(vllm_config):
-        router = layer.router
-        keeps = router.plan.keeps
-        wanted = CapacityConfig(decode_keep=keep).keeps(router.top_k) or (router.top_k,)
-        if len(keeps) < len(wanted):
-            raise ValueError(
-                f"decode_keep is {keep!r}, but this engine was started with "
-                + ("a fixed k0: an integer is accepted." if keeps else "all kept: it stays so.")
-            )
-        values = wanted + wanted[-1:] * (len(keeps) - len(wanted))
-        if router.by_kernel:
-            from capmoe_kernels import _routing_launch
-
-            table = _routing_launch.keep_table(keeps, router.tokens.is_decode.device)
-            table.copy_(table.new_tensor(values))
-        else:
-            router.plan = dataclasses.replace(router.plan, keeps=values)
-
-
 METHODS = (
     moe_capacity_counters,
     moe_capacity_totals,
@@ -183,6 +159,5 @@ METHODS = (
     moe_capacity_records,
     moe_capacity_try,
     moe_capacity_tried,
-    moe_capacity_keep,
 )
 """What a worker gets as methods, without the first argument."""

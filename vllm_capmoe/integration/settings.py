@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_capmoe.config import CapacityConfig
+from vllm_capmoe.layer_settings import shown
 
 KEY = "moe_capacity"
 PREFIX = "moe_capacity_"  # of keywords and of parsed flags
@@ -20,16 +21,16 @@ def capacity_config(additional_config: Any) -> CapacityConfig:
         plain = str(key).lower().replace("-", "_")
         if key != KEY and (plain == KEY or plain.startswith(PREFIX)):
             raise ValueError(
-                f"additional_config has the key {key!r}, but {KEY!r} is accepted, with a dict of "
-                'settings such as {"mode": "expanded", "factor": 1.5}.'
+                f"additional_config has the key {shown(key)}, but {KEY!r} is accepted, with a "
+                'dict of settings such as {"mode": "expanded", "factor": 1.5}.'
             )
     found = additional_config.get(KEY)
     if found is None:
         return CapacityConfig()
     if not isinstance(found, dict):
         raise ValueError(
-            f'additional_config["{KEY}"] is {found!r}, but a dict of settings is accepted, such as '
-            '{"mode": "expanded", "factor": 1.5}.'
+            f'additional_config["{KEY}"] is {shown(found)}, but a dict of settings is accepted, '
+            'such as {"mode": "expanded", "factor": 1.5}.'
         )
     return CapacityConfig.from_dict(found)
 

@@ -235,6 +235,32 @@ def read(layers: Sequence[LayerStats], started: bool = True) -> list[Layer]:
     return [layer.counters(list(islice(found, layer.counts.numel()))) for layer in layers]
 
 
+def by_layer(engines: Iterable[Iterable[Iterable[Layer]]]) -> list[Layer]:
+    """The counters of each layer once, over all tokens, in the order in which they come.
+
+    engines: the counters of every worker of each engine. Workers of an engine count alike, but for
+    those that route different parts of its tokens.
+    """
+    found: dict[str, Layer] = {}
+    for workers in engines:
+        parts = {(each["layer"], each["part"]): each for own in workers for each in own}
+        for (name, _), counted in parts.items():
+            new = {key: value for key, value in counted.items() if key not in ("layer", "part")}
+            old = found.get(name)
+            found[name] = (
+                {"layer": name, **new}
+                if old is None
+                else {"layer": name} | {key: _plus(old[key], value) for key, value in new.items()}
+            )
+    return list(found.values())
+
+
+def _plus(left: Any, right: Any) -> Any:
+    if isinstance(left, list):
+        return [a + b for a, b in zip(left, right, strict=True)]
+    return left + right
+
+
 def totals(layers: Iterable[Layer]) -> dict[str, float]:
     """What the layers have counted together, for every counter that has a series."""
     layers = list(layers)

@@ -41,8 +41,8 @@ def _activate_first(original: Function) -> Function:
 def activate(worker: Any, config: CapacityConfig) -> None:
     """Install the execution-path patches and give `worker` its extra methods.
 
-    The methods are those of rpc.py, and `moe_capacity_proof()`, which is asked before the first
-    request, see `proof`.
+    The methods are those of rpc.py and of live_worker.py, and `moe_capacity_proof()`, which is
+    asked before the first request, see `proof`.
     """
     readings.check(readings.OF_CONFIGURATION, readings.OF_WORKERS)
     checks.check_environment(config)
@@ -55,6 +55,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
         kernels,
         layer_checks,
         layers,
+        live_worker,
         router,
         rpc,
         step,
@@ -87,3 +88,7 @@ def activate(worker: Any, config: CapacityConfig) -> None:
     worker.moe_capacity_proof = moe_capacity_proof
     for method in rpc.METHODS:
         setattr(worker, method.__name__, functools.partial(method, vllm_config))
+    live = live_worker.LiveWorker(config, vllm_config)
+    worker.moe_capacity_settings = live.moe_capacity_settings
+    worker.moe_capacity_check = live.moe_capacity_check
+    worker.moe_capacity_change = live.moe_capacity_change

@@ -1,0 +1,212 @@
+"""A router whose numbers change between two steps, a worker's methods, and who may ask for them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from routers import MIXTRAL, E, K, T, forward_context, make, prompt_of_one_request
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import override_forward_context
+
+from vllm_capmoe import CapacityConfig, route
+from vllm_capmoe.integration import endpoint, live_worker
+from vllm_capmoe.integration.live_engine import refuse_bad
+from vllm_capmoe.integration.live_worker import LiveWorker
+from vllm_capmoe.integration.stats import by_layer
+from vllm_capmoe.plan import resolve
+
+LOGITS = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
+WIDE = {"mode": "expanded", "factor": 0.5, "min_capacity": 1, "max_experts": "none"}
+
+
+def worker_of(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    layers: int = 3,
+    graphs: CUDAGraphMode = CUDAGraphMode.NONE,
+) -> tuple[LiveWorker, list[Any]]:
+    """A worker of some layers, and their routers."""
+    config = CapacityConfig(**settings)
+    routers = []
+    for number in range(layers):
+        router, own = make(MIXTRAL, prompt_of_one_request(), **settings), config.for_layer(number)
+        router.plan = resolve(own, num_experts=E, top_k=K, renormalize=True)
+        routers.append(router)
+    found = [
+        SimpleNamespace(layer_name=f"model.layers.{n}.mlp.experts", router=router)
+        for n, router in enumerate(routers)
+    ]
+    monkeypatch.setattr(live_worker, "moe_layers", lambda _: found)
+    monkeypatch.setattr(live_worker, "get_tensor_model_parallel_rank", lambda: 0)
+    vllm_config: Any = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=graphs))
+    return LiveWorker(config, vllm_config), routers
+
+
+def routed(router: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, ids = router.inner._compute_routing(LOGITS, LOGITS, None)
+    with override_forward_context(forward_context()):
+        return router.route(LOGITS, ids)
+
+
+def expected(**settings: Any) -> Any:
+    scores = LOGITS.softmax(1)
+    return route(scores, K, CapacityConfig(**settings), renormalize=True)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
+def test_a_changed_factor_is_in_effect_in_the_next_step(monkeypatch, factor):
+    worker, (router, *_) = worker_of(monkeypatch, WIDE)
+    first = routed(router)
+    assert worker.moe_capacity_check({"factor": factor}) == {"layers": 3, "error": None}
+    assert torch.equal(routed(router)[1], first[1]), "a check changes nothing"
+    worker.moe_capacity_change({"factor": factor})
+    want = expected(**WIDE | {"factor": factor})
+    weights, experts = routed(router)
+    assert torch.equal(experts, want.experts) and torch.equal(weights, want.weights)
+    assert not torch.equal(experts, first[1])
+
+
+def test_off_is_the_top_k_in_rows_as_wide_as_before_and_on_again_is_as_before(monkeypatch):
+    worker, (router, *_) = worker_of(monkeypatch, WIDE | {"decode_keep": 2})
+    first = routed(router)
+    assert worker.moe_capacity_change({"mode": "off"})["mode"] == "off"
+    weights, experts = routed(router)
+    plain = expected(mode="off")
+    assert experts.shape == first[1].shape and experts.shape[1] > K
+    assert torch.equal(experts[:, :K], plain.experts) and (experts[:, K:] == -1).all()
+    assert torch.equal(weights[:, :K], plain.weights) and (weights[:, K:] == 0).all()
+    assert router.plan.keeps == ()
+    worker.moe_capacity_change({"mode": "expanded"})
+    assert all(torch.equal(a, b) for a, b in zip(routed(router), first, strict=True))
+
+
+def test_observing_counts_what_would_be_and_applies_nothing(monkeypatch):
+    settings = WIDE | {"decode_keep": 1}
+    worker, (router, *_) = worker_of(monkeypatch, settings)
+    router.tokens.is_decode[T // 2 :] = True  # decode keep has something to do
+    applied = routed(router)
+    counted = router.stats.counters()
+    worker.moe_capacity_change({"observe": True})
+    weights, experts = routed(router)
+    plain = expected(mode="off")
+    assert torch.equal(experts[:, :K], plain.experts) and torch.equal(weights[:, :K], plain.weights)
+    again = router.stats.counters()
+    for key, value in counted.items():
+        if key not in ("layer", "part"):
+            twice = [2 * one for one in value] if isinstance(value, list) else 2 * value
+            assert again[key] == twice, key
+    assert counted["dropped"] > 0 and counted["expanded"] > 0
+    worker.moe_capacity_change({"observe": False})
+    assert torch.equal(routed(router)[1], applied[1])
+
+
+def test_layers_with_a_factor_of_their_own_keep_it_but_go_off_with_all(monkeypatch):
+    settings = {
+        "mode": "drop",
+        "factor": 1.0,
+        "layers": {"1": {"factor": 0.5}, "2": {"mode": "off"}},
+    }
+    worker, routers = worker_of(monkeypatch, settings)
+    assert worker.moe_capacity_check({"factor": 2.0})["layers"] == 1
+    worker.moe_capacity_change({"factor": 2.0})
+    assert [router.plan.gamma for router in routers] == [2, CapacityConfig(factor=0.5).gamma, None]
+    worker.moe_capacity_change({"mode": "off"})
+    assert [router.plan.gamma for router in routers] == [None] * 3
+    assert worker.moe_capacity_change({"mode": "on"}) == {
+        "mode": "drop", "factor": 2.0, "decode_keep": "off", "observe": False
+    }  # fmt: skip
+    assert [router.plan.gamma for router in routers] == [2, CapacityConfig(factor=0.5).gamma, None]
+
+
+def test_a_change_that_reaches_no_layer_is_refused(monkeypatch):
+    settings = {"mode": "drop", "factor": 1.0, "layers": {"0-2": {"factor": 0.5}}}
+    worker, _ = worker_of(monkeypatch, settings)
+    before, values = worker.now.to_dict(), {"factor": 2.0}
+    checked = [[worker.moe_capacity_check(values)]]
+    with pytest.raises(ValueError, match="{'factor': 2.0} reaches no layer: all have settings"):
+        refuse_bad(values, before, checked)
+    same = {"factor": 1.0}
+    refuse_bad(same, before, [[worker.moe_capacity_check(same)]])
+
+
+@pytest.mark.parametrize(
+    "settings, values, sentence",
+    [
+        (WIDE, {"factor": 0.75}, "factor is 0.75, but the buffers of this engine's CUDA graphs"),
+        (WIDE, {"observe": True}, "observe is True, but steps are replayed from the CUDA graphs"),
+    ],
+)
+def test_what_captured_graphs_have_no_room_for_is_refused(monkeypatch, settings, values, sentence):
+    worker, _ = worker_of(monkeypatch, settings, graphs=CUDAGraphMode.FULL)
+    assert sentence in worker.moe_capacity_check(values)["error"]
+    with pytest.raises(ValueError):
+        worker.moe_capacity_change(values)
+    assert worker.now.to_dict()["factor"] == 0.5
+    for fits in ({"factor": 0.25}, {"factor": "inf"}, {"mode": "off"}):
+        assert worker.moe_capacity_check(fits)["error"] is None
+    assert worker_of(monkeypatch, settings)[0].moe_capacity_check(values)["error"] is None
+
+
+def test_a_k0_that_a_layer_has_no_room_for_changes_none(monkeypatch):
+    settings = {"mode": "drop", "decode_keep": 2, "layers": {"1": {"decode_keep": K}}}
+    worker, routers = worker_of(monkeypatch, settings)
+    assert worker.moe_capacity_check({"decode_keep": 1}) == {"layers": 2, "error": None}
+    everywhere, all_kept = worker_of(monkeypatch, {"mode": "drop", "decode_keep": K})
+    error = everywhere.moe_capacity_check({"decode_keep": 1})["error"]
+    assert "layer 0 was started with all 4 experts kept" in error
+    assert worker.moe_capacity_check({"decode_keep": K + 1})["error"].startswith(
+        "--moe-capacity-decode-keep is 5, but a token has 4 experts"
+    )
+    assert all(router.plan.keeps == () for router in all_kept)
+
+
+def test_counters_of_ranks_that_count_alike_are_taken_once_and_parts_are_added():
+    def counted(layer: str, part: int, steps: int) -> dict[str, Any]:
+        return {"layer": layer, "part": part, "steps": steps, "load_before": [steps, 1]}
+
+    alike = [[counted("a", 0, 5), counted("b", 0, 5)]] * 2
+    assert by_layer([alike]) == [
+        {"layer": "a", "steps": 5, "load_before": [5, 1]},
+        {"layer": "b", "steps": 5, "load_before": [5, 1]},
+    ]
+    parts = [[counted("a", 0, 5)], [counted("a", 1, 3)]]
+    assert by_layer([parts, [[counted("a", 0, 2)]]]) == [
+        {"layer": "a", "steps": 10, "load_before": [10, 3]}
+    ]
+
+
+@pytest.mark.parametrize(
+    "host, uds, keys, environment, answers",
+    [
+        ("127.0.0.1", None, None, None, True),
+        ("::1", None, None, None, True),
+        ("localhost", None, None, None, True),
+        (None, "/tmp/socket", None, None, True),
+        ("0.0.0.0", None, ["secret"], None, True),
+        (None, None, None, "secret", True),
+        (None, None, None, None, False),
+        ("0.0.0.0", None, None, None, False),
+        ("192.168.0.7", None, [""], "secret", False),
+        ("a.host", None, None, None, False),
+    ],
+)
+def test_without_a_key_only_this_host_is_answered(
+    monkeypatch, host, uds, keys, environment, answers
+):
+    monkeypatch.setattr(endpoint.envs, "VLLM_API_KEY", environment, raising=False)
+    on = SimpleNamespace(additional_config={"moe_capacity": {"mode": "drop"}})
+    args = SimpleNamespace(host=host, uds=uds, api_key=keys)
+    refused = endpoint.closed(on, args)
+    assert (refused is None) == answers
+    if refused is not None:
+        assert refused.status == 403 and "without an API key" in str(refused)
+    off = endpoint.closed(SimpleNamespace(additional_config={}), args)
+    assert off is not None and off.status == 404 and "--moe-capacity-mode" in str(off)
+
+
+def test_a_key_that_vllm_does_not_ask_for_is_none(monkeypatch):
+    monkeypatch.setattr(endpoint.authenticate, "GUARDED_PREFIX", ("/v2",))
+    on = SimpleNamespace(additional_config={"moe_capacity": {"mode": "drop"}})
+    refused = endpoint.closed(on, SimpleNamespace(host=None, uds=None, api_key=["secret"]))
+    assert refused is not None and refused.status == 403
