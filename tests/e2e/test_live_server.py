@@ -1,6 +1,7 @@
 """Live control over HTTP, with other requests running: `curl`-like calls to a real server."""
 
 import json
+import subprocess
 import threading
 import time
 import urllib.error
@@ -10,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from engines import serve
+from engines import VLLM, environment, serve
 
 pytestmark = pytest.mark.engine
 
@@ -188,3 +189,34 @@ def test_only_who_has_the_key_and_says_json_is_heard(server, started):
     status, answer = call(server, b'{"mode": "off"}', **{"Content-Type": "text/plain"})
     assert status == 415 and "application/json is accepted" in answer["error"]["message"]
     assert call(server)[1]["now"]["mode"] == "drop"
+
+
+def test_the_commands_of_an_operator(server, client, started, tmp_path):
+    """`watch` draws what the server counts, `set` changes it, each in a process of its own."""
+
+    def command(*words: str, status: int = 0) -> str:
+        done = subprocess.run(
+            [VLLM.with_name("vllm-capmoe"), *words],
+            env=environment(VLLM_API_KEY=KEY),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    logprobs(client, None)
+    page = tmp_path / "loads.html"
+    drawn = command("watch", server.url, "--once", "--since-start", "--html", str(page))
+    head, _, *rows = drawn.splitlines()
+    assert head.startswith("mode drop, factor 1.0, ") and len(rows) == 4
+    assert all(float(row.split()[1]) > float(row.split()[3]) >= 1 for row in rows)
+    assert page.read_text().count("<rect") == 2 * 4 * 8
+    assert command("set", server.url, "off").startswith("changed mode drop -> off (")
+    assert "mode off -> drop, factor 1.0 -> 1.2" in command(
+        "set", server.url, "on", "--factor", "1.2"
+    )
+    assert call(server)[1]["now"]["factor"] == 1.2
+    said = command("set", server.url, "--decode-keep", "1", status=2)
+    assert said.startswith("vllm-capmoe set: decode_keep is 1, but this engine was started with")

@@ -1,4 +1,4 @@
-"""The planner's page in a real browser: it is drawn, and nothing is asked of the network."""
+"""Our pages in a real browser: they are drawn, and nothing is asked of the network."""
 
 import http.server
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from planned import DECODE, FOUND, VERDICT
 
+from vllm_capmoe.control import picture
 from vllm_capmoe.planner import page
 
 BROWSER = next(
@@ -16,8 +17,29 @@ BROWSER = next(
 )
 
 
+COUNTED = {
+    "number": 3,
+    "load_before": [9, 3, 0, 0],
+    "load_after": [6, 3, 2, 0],
+}
+WATCHED = {
+    "now": {"mode": "drop", "factor": 1.5},
+    "since_start": {"seconds": 7.0, "layers": [COUNTED]},
+}
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium (Debian: chromium-headless-shell)")
-def test_the_browser_draws_the_plots_and_asks_for_the_page_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "plots"),
+    [
+        (page.html(FOUND, VERDICT, DECODE), 6),
+        (picture.page(WATCHED, "http://localhost:8000"), 2),
+    ],
+    ids=["plan", "watch"],
+)
+def test_the_browser_draws_the_plots_and_asks_for_the_page_only(
+    tmp_path: Path, content: str, plots: int
+) -> None:
     asked: list[str] = []
 
     class Pages(http.server.BaseHTTPRequestHandler):
@@ -26,7 +48,7 @@ def test_the_browser_draws_the_plots_and_asks_for_the_page_only(tmp_path: Path) 
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
-            self.wfile.write(page.html(FOUND, VERDICT, DECODE).encode())
+            self.wfile.write(content.encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -41,11 +63,7 @@ def test_the_browser_draws_the_plots_and_asks_for_the_page_only(tmp_path: Path) 
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/plan"
         frame = tmp_path / "measure.html"
-        frame.write_text(
-            page.html(FOUND, VERDICT, DECODE).replace(
-                "</body>", f"<script>{measure}</script></body>"
-            )
-        )
+        frame.write_text(content.replace("</body>", f"<script>{measure}</script></body>"))
         done = [
             subprocess.run(
                 [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", where],
@@ -58,7 +76,7 @@ def test_the_browser_draws_the_plots_and_asks_for_the_page_only(tmp_path: Path) 
         ]
         server.shutdown()
     assert set(asked) <= {"/plan", "/favicon.ico"} and "/plan" in asked
-    assert done[0].count("<svg") == 6
+    assert done[0].count("<svg") == plots
     drawn = done[1].split('data-drawn="')[1].split('"')[0].split()
-    assert len(drawn) == 6
+    assert len(drawn) == plots
     assert all(int(side) > 0 for size in drawn for side in size.split("x"))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from engines import environment
 
-from vllm_capmoe.planner.cli import main
+from vllm_capmoe.__main__ import main
 
-COMMAND = [sys.executable, "-m", "vllm_capmoe.planner.cli", "plan"]
+COMMAND = [sys.executable, "-m", "vllm_capmoe", "plan"]
 TEXT = "The quick brown fox jumps over the lazy dog while the experts wait for their tokens. "
 COMPARED = ("assignments", "dropped", "lost", "mass", "peak_before", "peak_after")
 

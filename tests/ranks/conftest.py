@@ -21,7 +21,7 @@ Run = Callable[..., dict[str, Any]]
 def run_ranks(
     example_model: Path, tmp_path_factory: pytest.TempPathFactory, run_script: Callable[..., str]
 ) -> Run:
-    """Run an engine: run_ranks(requests, record=None, env={}, **engine keywords).
+    """Run an engine: run_ranks(requests, record=None, changes=None, env={}, **engine keywords).
 
     Returns the result of run_ranks.py with the log beside it. float32, eager, no prefix caching
     unless said otherwise, so that runs can be compared.
@@ -32,6 +32,7 @@ def run_ranks(
         requests: list[dict[str, Any]],
         *,
         record: str | None = None,
+        changes: list[dict[str, Any]] | None = None,
         env: dict[str, str] | None = None,
         **engine: Any,
     ) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def run_ranks(
         }
         number = len(list(folder.glob("*.spec.json")))
         before, after = folder / f"{number}.spec.json", folder / f"{number}.json"
-        before.write_text(json.dumps({"engine": engine, "requests": requests, "record": record}))
+        spec = {"engine": engine, "requests": requests, "record": record, "changes": changes}
+        before.write_text(json.dumps(spec))
         log, settings = folder / f"{number}.log", environment(**{**CLUSTER, **(env or {})})
         text = run_script(RUNNER, [str(before), str(after)], log, settings)
         result = json.loads(after.read_text()) | {"log": text}

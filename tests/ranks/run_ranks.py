@@ -3,7 +3,8 @@
     python run_ranks.py SPEC.json RESULT.json
 
 SPEC: {"engine": keywords of AsyncEngineArgs, "requests": [{"prompt": text, "max_tokens": n,
-"rank": data parallel rank or None, "ignore_eos": bool}, ...], "record": "rows", "loads" or None}.
+"rank": data parallel rank or None, "ignore_eos": bool}, ...], "record": "rows", "loads" or None,
+"changes": settings that change on the way, one after the other, each some steps after the last}.
 
 Greedy, with log-probabilities. All requests are queued, in their order, before the first step, and
 all ranks have stopped after the same step when the records are fetched: what shares a step doesn't
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from run_engine import as_dict
+
+STEPS_BETWEEN = 8
 
 
 def watch_experts(worker: Any) -> None:
@@ -58,6 +61,8 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from vllm_capmoe.integration import live_engine
+
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
 
     async def ask(number: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +85,11 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         client: Any = engine.engine_core
         return await client.call_utility_all_async("collective_rpc", method, None, arguments, {})
 
+    async def steps_of_all() -> int:
+        """The steps of the engine that has done the fewest."""
+        counters = await tell_all("moe_capacity_counters")
+        return min(workers[0][0]["steps"] for workers in counters)
+
     try:
         record, result = spec.get("record"), {"platform": type(current_platform).__name__}
         if record:
@@ -92,6 +102,12 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
             while engine.output_processor.get_num_unfinished_requests() <= number:
                 await asyncio.sleep(0.001)
         await engine.resume_generation()
+        result["now"] = []
+        for values in spec.get("changes") or []:
+            steps = await steps_of_all()
+            while await steps_of_all() < steps + STEPS_BETWEEN:
+                await asyncio.sleep(0.01)
+            result["now"].append(await live_engine.change(engine, values))
         outputs = await asyncio.gather(*asked)
         await engine.pause_generation(mode="keep", clear_cache=False)
         if record:

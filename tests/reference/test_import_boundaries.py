@@ -100,12 +100,13 @@ def test_the_public_names_are_there_without_vllm() -> None:
 LAYERS = (
     ("capmoe_kernels",),
     ("vllm_capmoe.version", "vllm_capmoe.layer_settings", "vllm_capmoe.config", "vllm_capmoe.plan"),
-    ("vllm_capmoe.live",),
+    ("vllm_capmoe.live", "vllm_capmoe.drawing"),
     ("vllm_capmoe.limits", "vllm_capmoe.ranking", "vllm_capmoe.sharing"),
     ("vllm_capmoe.torch_routing", "vllm_capmoe.experts", "vllm_capmoe.reference"),
     ("vllm_capmoe.unlimited", "vllm_capmoe.ops"),
     ("vllm_capmoe.integration",),
-    ("vllm_capmoe.planner",),
+    ("vllm_capmoe.planner", "vllm_capmoe.control"),
+    ("vllm_capmoe.__main__",),
     ("vllm_capmoe",),  # the package itself: a door to the public names, for all outside of it
     ("examples",),
     ("benchmarks",),

@@ -1,4 +1,4 @@
-"""`vllm-capmoe plan`: the command line of the planner."""
+"""`vllm-capmoe plan`: from arguments to files and text."""
 
 import argparse
 import json
@@ -296,27 +296,3 @@ def _run(
                 f"{log}."
             )
     return read(result)
-
-
-def main(words: list[str] | None = None) -> int:
-    """The entry point of the command `vllm-capmoe`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="vllm-capmoe", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    planner = commands.add_parser(
-        "plan",
-        allow_abbrev=False,
-        help="is a capacity limit worth it for a model and its prompts?",
-        epilog="All other arguments go to vLLM's engine, as for vllm serve.",
-    )
-    add_arguments(planner)
-    arguments, engine = parser.parse_known_args(words)
-    try:
-        print(plan(arguments, engine))
-    except ValueError as error:
-        print(f"vllm-capmoe plan: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
