@@ -41,7 +41,7 @@ test-slow: venv  ## run the tests that `make test` leaves out (tens of minutes)
 VLLM ?= 0.33.0
 NEXT = .venv$(subst .,,$(basename $(VLLM)))
 # What touches vLLM most; `make test-next SELECT=` runs all tests of these files.
-SELECT ?= readings or router or phantom or vllm_kernels or test_step or off_is_stock or without_a_limit or passes_its_limit \
+SELECT ?= readings or live or router or phantom or vllm_kernels or test_step or off_is_stock or without_a_limit or passes_its_limit \
 	or (test_server and not expanded) or (test_engine_args and not bench and not batch)
 
 test-033:  ## test the seams on vLLM 0.33, and the kernels with its Triton
@@ -52,8 +52,8 @@ test-next:  ## the same on any vLLM: make test-next VLLM=x.y.z
 	$(NEXT)/bin/pytest tests/kernels/test_routing_aot.py tests/kernels/test_experts_aot.py
 	VLLM_TARGET_DEVICE=cpu $(NEXT)/bin/pytest tests/kernels/test_router.py tests/plugin/test_step.py \
 		tests/plugin/test_router.py tests/plugin/test_readings.py tests/plugin/test_phantom.py tests/plugin/test_vllm_kernels.py \
-		tests/plugin/test_engine_args.py \
-		tests/e2e/test_engine.py tests/e2e/test_server.py -k "$(SELECT)"
+		tests/plugin/test_engine_args.py tests/plugin/test_live.py \
+		tests/e2e/test_engine.py tests/e2e/test_server.py tests/e2e/test_live_server.py -k "$(SELECT)"
 
 lint: venv  ## check style, format and types
 	$(BIN)/ruff check

@@ -121,6 +121,8 @@ LONG = [
     "ranks/test_without_limit.py",
     "ranks/test_server.py",
     "ranks/test_limits.py",
+    "ranks/test_live.py",
+    "e2e/test_live.py",
     "e2e/test_models.py",
     "ranks/test_ray_examples.py",
     "kernels/test_experts_aot.py",
@@ -129,6 +131,7 @@ LONG = [
     "ranks/test_carved.py",
     "ranks/test_pipeline.py",
     "e2e/test_server.py",
+    "e2e/test_live_server.py",
     "e2e/test_new_weights.py",
     "planner/test_plan.py",
     "plugin/test_refusals.py",
@@ -139,6 +142,7 @@ LONG = [
     "kernels/test_bounds.py",
     "kernels/test_experts.py",
     "kernels/test_routing.py",
+    "kernels/test_tables.py",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,3 +170,34 @@ def test_where_no_mode_is_nothing_is_filled(monkeypatch: pytest.MonkeyPatch) -> 
             torch.randn(T, E, generator=torch.Generator().manual_seed(5)), None
         )
     assert (experts[30:] == -1).all() and (experts[:30] >= 0).all()
+
+
+def test_a_changed_router_routes_by_kernels_as_one_that_was_bound_so() -> None:
+    """Its plan and its tables, which a captured graph reads; and while it only observes, top-k."""
+    settings = {"mode": "expanded", "min_capacity": 1, "max_experts": "none", "decode_keep": 2}
+    tokens = prompt_of_one_request()
+    tokens.is_decode[20:] = True
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(6))
+    changed = make(MIXTRAL, tokens, "triton", factor=0.5, **settings)
+    with override_forward_context(forward_context()):
+        first = changed.route(logits, None)
+        for now in ({"factor": 1.0, "decode_keep": 1}, {"factor": "inf", "decode_keep": "off"}):
+            bound = make(MIXTRAL, tokens, "triton", **settings | now)
+            assert changed.plan is not None and bound.plan is not None
+            plan = dataclasses.replace(changed.plan, gamma=bound.plan.gamma, keeps=bound.plan.keeps)
+            changed.change(plan, observes=False)
+            got, want = changed.route(logits, None), bound.route(logits, None)
+            assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+            assert not torch.equal(got[1], first[1])
+        top_k = got
+        assert changed.stats is not None
+        changed.change(dataclasses.replace(plan, gamma=Fraction(1, 2), keeps=(2,)), observes=True)
+        before = changed.stats.counts.clone()
+        got = changed.route(logits, None)
+        assert all(torch.equal(one, other) for one, other in zip(got, top_k, strict=True))
+        observed = changed.stats.counts - before
+        changed.change(changed.plan, observes=False)
+        before = changed.stats.counts.clone()
+        got = changed.route(logits, None)
+        assert all(torch.equal(one, other) for one, other in zip(got, first, strict=True))
+        assert torch.equal(changed.stats.counts - before, observed)
