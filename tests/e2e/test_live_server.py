@@ -53,11 +53,19 @@ def started(server) -> None:
     assert status == 200, answer
 
 
+def cache_hits(server: Any) -> float:
+    """Tokens that vLLM has found in its cache of prefixes."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=120) as answer:
+        lines = answer.read().decode().splitlines()
+    name = "vllm:prefix_cache_hits_total{"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
 def logprobs(client: openai.OpenAI, salt: str | None) -> list[float]:
     """Of an answer; with a salt no cached prefix is used."""
     answer = client.completions.create(
         model=client.models.list().data[0].id,
-        prompt=PROMPT,
+        prompt=PROMPT * 3,  # several blocks of the cache
         max_tokens=8,
         temperature=0,
         logprobs=1,
@@ -152,13 +160,17 @@ def test_off_under_load_is_the_top_k_from_then_on_and_back(server, client, start
 
 def test_cached_prefixes_are_forgotten(server, client, started):
     """The same prompt again is computed with the new settings, its cached beginning too."""
-    with_limit = logprobs(client, None)
-    assert logprobs(client, None) == with_limit
+    with_limit = logprobs(client, "fresh")
+    assert logprobs(client, None) != [] and logprobs(client, None) != []
+    deadline, hits = time.monotonic() + 60, cache_hits(server)
+    while not hits:
+        assert time.monotonic() < deadline, "nothing is cached: the test says nothing"
+        hits = cache_hits(server)
     assert call(server, {"mode": "off"})[0] == 200
     without = logprobs(client, None)
     assert without == logprobs(client, "fresh") != with_limit
     assert call(server, {"mode": "drop"})[0] == 200
-    assert logprobs(client, None) == with_limit
+    assert logprobs(client, "fresh") == with_limit
 
 
 @pytest.mark.parametrize(

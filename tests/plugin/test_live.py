@@ -58,7 +58,12 @@ def expected(**settings: Any) -> Any:
 def test_a_changed_factor_is_in_effect_in_the_next_step(monkeypatch, factor):
     worker, (router, *_) = worker_of(monkeypatch, WIDE)
     first = routed(router)
-    assert worker.moe_capacity_check({"factor": factor}) == {"layers": 3, "error": None}
+    assert worker.moe_capacity_check({"factor": factor}) == {
+        "new": f"factor 0.5 -> {factor}",
+        "is_on": True,
+        "layers": 3,
+        "error": None,
+    }
     assert torch.equal(routed(router)[1], first[1]), "a check changes nothing"
     worker.moe_capacity_change({"factor": factor})
     want = expected(**WIDE | {"factor": factor})
@@ -81,10 +86,12 @@ def test_off_is_the_top_k_in_rows_as_wide_as_before_and_on_again_is_as_before(mo
     assert all(torch.equal(a, b) for a, b in zip(routed(router), first, strict=True))
 
 
-def test_observing_counts_what_would_be_and_applies_nothing(monkeypatch):
-    settings = WIDE | {"decode_keep": 1}
-    worker, (router, *_) = worker_of(monkeypatch, settings)
-    router.tokens.is_decode[T // 2 :] = True  # decode keep has something to do
+@pytest.mark.parametrize(
+    "settings, decode_from", [(WIDE, T // 2), ({"mode": "drop", "factor": 0.5}, 0)]
+)
+def test_observing_counts_what_would_be_and_applies_nothing(monkeypatch, settings, decode_from):
+    worker, (router, *_) = worker_of(monkeypatch, settings | {"decode_keep": 1})
+    router.tokens.is_decode[decode_from:] = True  # decode keep has something to do
     applied = routed(router)
     counted = router.stats.counters()
     worker.moe_capacity_change({"observe": True})
@@ -96,7 +103,7 @@ def test_observing_counts_what_would_be_and_applies_nothing(monkeypatch):
         if key not in ("layer", "part"):
             twice = [2 * one for one in value] if isinstance(value, list) else 2 * value
             assert again[key] == twice, key
-    assert counted["dropped"] > 0 and counted["expanded"] > 0
+    assert (counted["dropped"] > 0) == (decode_from > 0) and counted["lost"] > 0
     worker.moe_capacity_change({"observe": False})
     assert torch.equal(routed(router)[1], applied[1])
 
@@ -122,12 +129,12 @@ def test_layers_with_a_factor_of_their_own_keep_it_but_go_off_with_all(monkeypat
 def test_a_change_that_reaches_no_layer_is_refused(monkeypatch):
     settings = {"mode": "drop", "factor": 1.0, "layers": {"0-2": {"factor": 0.5}}}
     worker, _ = worker_of(monkeypatch, settings)
-    before, values = worker.now.to_dict(), {"factor": 2.0}
-    checked = [[worker.moe_capacity_check(values)]]
-    with pytest.raises(ValueError, match="{'factor': 2.0} reaches no layer: all have settings"):
-        refuse_bad(values, before, checked)
-    same = {"factor": 1.0}
-    refuse_bad(same, before, [[worker.moe_capacity_check(same)]])
+    with pytest.raises(ValueError, match=r"the change .factor 1.0 -> 2.0. reaches no layer: all"):
+        refuse_bad([[worker.moe_capacity_check({"factor": 2.0})]])
+    for fine in ({"factor": 1.0, "mode": "on"}, {"mode": "off", "factor": 2.0}):
+        refuse_bad([[worker.moe_capacity_check(fine)]])
+    worker.moe_capacity_change({"mode": "off"})  # what is set now is in effect later
+    refuse_bad([[worker.moe_capacity_check({"factor": 2.0})]])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,7 @@ def test_what_captured_graphs_have_no_room_for_is_refused(monkeypatch, settings,
 def test_a_k0_that_a_layer_has_no_room_for_changes_none(monkeypatch):
     settings = {"mode": "drop", "decode_keep": 2, "layers": {"1": {"decode_keep": K}}}
     worker, routers = worker_of(monkeypatch, settings)
-    assert worker.moe_capacity_check({"decode_keep": 1}) == {"layers": 2, "error": None}
+    assert worker.moe_capacity_check({"decode_keep": 1})["layers"] == 2
     everywhere, all_kept = worker_of(monkeypatch, {"mode": "drop", "decode_keep": K})
     error = everywhere.moe_capacity_check({"decode_keep": 1})["error"]
     assert "layer 0 was started with all 4 experts kept" in error

@@ -13,11 +13,9 @@ A pause of data parallel engines needs all of them. Where each front end has eng
 over; the others' go by what their front ends are told. `LLM` does nothing between two calls.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from vllm_capmoe.integration.stats import Layer, by_layer
-from vllm_capmoe.layer_settings import shown
 
 Answers = list[list[Any]]  # of the workers of each engine core
 
@@ -48,9 +46,7 @@ async def change(engine: Any, values: Any) -> dict[str, Any]:
         ValueError: with one sentence that says what came and what is accepted; nothing has changed.
         RuntimeError: vLLM can't pause now, or two changes came at once from several API servers.
     """
-    before = (await read_settings(engine))["now"]
-    checked = await ask_workers(engine.engine_core, "moe_capacity_check", values)
-    refuse_bad(values, before, checked)
+    refuse_bad(await ask_workers(engine.engine_core, "moe_capacity_check", values))
     if _has_all_engines(engine):
         was_paused = await engine.is_paused()
         try:
@@ -87,19 +83,17 @@ def change_settings(llm: Any, **values: Any) -> dict[str, Any]:
     Raises:
         ValueError: with one sentence that says what came and what is accepted; nothing has changed.
     """
-    settings = llm.collective_rpc("moe_capacity_settings")
-    checked = llm.collective_rpc("moe_capacity_check", args=(values,))
-    refuse_bad(values, _agreed([settings])["now"], [checked])
+    refuse_bad([llm.collective_rpc("moe_capacity_check", args=(values,))])
     now = _agreed([llm.collective_rpc("moe_capacity_change", args=(values,))])
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM could not forget its cached prefixes: requests are running.")
     return now
 
 
-def refuse_bad(values: Any, before: Mapping[str, Any], checked: Answers) -> None:
-    """What a worker can't do, or what would change nothing although it asks for something else.
+def refuse_bad(checked: Answers) -> None:
+    """What a worker can't do, or what reaches no layer although it would change something.
 
-    before: what is in effect. checked: of all workers, see `LiveWorker.moe_capacity_check`.
+    checked: of all workers, see `LiveWorker.moe_capacity_check`.
 
     Raises:
         ValueError: with one sentence.
@@ -108,10 +102,10 @@ def refuse_bad(values: Any, before: Mapping[str, Any], checked: Answers) -> None
     for answer in answers:
         if answer["error"]:
             raise ValueError(answer["error"])
-    asks = any(before[key] != value for key, value in values.items())
-    if asks and before["mode"] != "off" and not any(answer["layers"] for answer in answers):
+    new = answers[0]["new"]
+    if new and answers[0]["is_on"] and not any(answer["layers"] for answer in answers):
         raise ValueError(
-            f"the change {shown(values)} reaches no layer: all have settings of their own "
+            f"the change ({new}) reaches no layer: all have settings of their own "
             "(--moe-capacity-layers), so mode 'off', or a restart with others, is accepted."
         )
 

@@ -42,15 +42,19 @@ class LiveWorker:
         return {"started": self.now.started.to_dict(), "now": self.now.to_dict()}
 
     def moe_capacity_check(self, values: dict[str, Any]) -> dict[str, Any]:
-        """How many `layers` of this worker would route otherwise, and the `error`, if it can't be.
+        """What would be `new` in what is in effect, whether it `is_on` then, how many `layers` of
+        this worker would route otherwise, and the `error`, if it can't be.
 
         values: some of `vllm_capmoe.live.KEYS`, as they are to be. An error is one sentence; not
         raised, since it would lose its type and its form on the way to a front end.
         """
         try:
-            return {"layers": len(self._plans(self._changed(values))), "error": None}
+            changed = self._changed(values)
+            new = differences(self.now.to_dict(), changed.to_dict())
+            layers = len(self._plans(changed))
+            return {"new": new, "is_on": changed.is_on, "layers": layers, "error": None}
         except ValueError as error:
-            return {"layers": 0, "error": str(error)}
+            return {"new": "", "is_on": False, "layers": 0, "error": str(error)}
 
     def moe_capacity_change(self, values: dict[str, Any]) -> dict[str, Any]:
         """Change the layers of this worker from the next step on, and return what is in effect.
