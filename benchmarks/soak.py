@@ -308,10 +308,13 @@ async def sample_memory(leader: int, seconds: float) -> list[float]:
 
 
 def kill_worker(leader: int) -> None:
-    """End the process that computes, as a failing device would."""
-    for process in group_of(leader):
-        if any("Worker" in word for word in [process.name(), *process.cmdline()]):
-            process.send_signal(signal.SIGKILL)
+    """End the process that computes, as a failing device would: of one GPU, the engine core."""
+    by_name = {
+        part: [process for process in group_of(leader) if part in " ".join(process.cmdline())]
+        for part in ("Worker", "EngineCore")
+    }
+    for process in by_name["Worker"] or by_name["EngineCore"]:
+        process.send_signal(signal.SIGKILL)
 
 
 async def run(args: argparse.Namespace, url: str, leader: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vllm_capmoe import layer_settings
 from vllm_capmoe.layer_settings import LayerSettings, shown
 
 FLAG_PREFIX = "--moe-capacity-"
-MOST = 2**31 - 1
+MOST = 2**63 - 1
 
 AUTO_KEEP = ((1, Fraction(7, 8)), (8, Fraction(3, 4)), (16, Fraction(5, 8)))
 """Decode keep `auto`: from so many decode tokens in a step on, the share of the top-k that each
@@ -129,7 +129,7 @@ def _integer(
 ) -> dict[str, Any]:
     """Metadata of an option that takes an int from least to MOST, or a word (with what it stores).
 
-    Kernels take them as 32 bits.
+    What is sent between processes has 64 bits.
     """
     stored = dict(words or {})
 
@@ -146,7 +146,7 @@ def _integer(
         return int(value)
 
     return {
-        "values": _one_of(f"an integer >= {least} (below 2^31)", *stored),
+        "values": _one_of(f"an integer >= {least} (below 2^63)", *stored),
         "help": help,
         "choices": None,
         "normalise": normalise,
@@ -160,7 +160,9 @@ def _factor(value: Any) -> int | float:
         return math.inf
     _refuse_unless(_is_int(value) or isinstance(value, float))
     _refuse_unless(value > 0)  # false for NaN, too
-    _refuse_unless(isinstance(value, float) or value < 10**400)  # an int may be of any length
+    if _is_int(value) and value > 2**53:  # no number of 64 bits, and no limit either
+        _refuse_unless(value < 10**300)
+        value = float(value)
     return int(value) if isinstance(value, int) else float(value)
 
 

@@ -105,6 +105,24 @@ class Live:
         now = replace(self.started, factor=self.factor, decode_keep=self.decode_keep)
         return now.for_layer(layer)
 
+    def reaches(self, layer: int, before: "Live") -> bool:
+        """Whether a layer of this number could do otherwise now than `before`.
+
+        Not where it has settings of its own for all that differs.
+        """
+        if (self.is_on, self.observe) != (before.is_on, before.observe):
+            return True
+        own = {
+            key
+            for entry in self.started.layers
+            if entry.first <= layer <= entry.last
+            for key, _ in entry.values
+        }
+        limited = self.started.for_layer(layer).mode != "off"
+        return (self.factor != before.factor and limited and "factor" not in own) or (
+            self.decode_keep != before.decode_keep and "decode_keep" not in own
+        )
+
     def _is_on(self, mode: Any) -> bool:
         names = tuple(dict.fromkeys((self.mode_on, "on", "off")))
         if not isinstance(mode, str) or mode not in names:

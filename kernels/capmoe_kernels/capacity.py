@@ -72,8 +72,12 @@ def capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[T
     if none has). Built once for each power of two of max_tokens, and kept: the first call of a
     size must not be inside of a CUDA graph's capture.
     """
-    # What the table depends on: plans that differ in other things share one.
-    numbers = Plan(
+    return _capacity_table(_numbers(plan), 1 << max(max_tokens, 1).bit_length(), device)
+
+
+def _numbers(plan: Plan) -> Plan:
+    """What a table depends on: plans that differ in other things share one."""
+    return Plan(
         mode="",
         num_experts=plan.num_experts,
         top_k=plan.top_k,
@@ -81,7 +85,6 @@ def capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[T
         min_capacity=plan.min_capacity,
         bin_sizes=plan.bin_sizes,
     )
-    return _capacity_table(numbers, 1 << max(max_tokens, 1).bit_length(), device)
 
 
 @lru_cache(maxsize=TABLES)
@@ -91,7 +94,15 @@ def _capacity_table(plan: Plan, max_tokens: int, device: torch.device) -> tuple[
 
 
 def limits_by_tokens(plan: Plan, max_tokens: int) -> tuple[Tensor, int]:
-    """`capacity_table` for 0, 1, ... max_tokens tokens, made anew, on the CPU."""
+    """`capacity_table` for 0, 1, ... max_tokens tokens, on the CPU; not to be written to.
+
+    The last ones are kept: layers that are alike get their numbers one after the other.
+    """
+    return _limits_by_tokens(_numbers(plan), max_tokens)
+
+
+@lru_cache(maxsize=8)
+def _limits_by_tokens(plan: Plan, max_tokens: int) -> tuple[Tensor, int]:
     sizes = torch.tensor(plan.bin_sizes)
     limit_by_size = {n: _capacities(plan, n, max_tokens) for n in set(plan.bin_sizes)}
     limit_TX = torch.stack([limit_by_size[n] for n in plan.bin_sizes], dim=1)

@@ -103,7 +103,7 @@ def url() -> Iterator[str]:
 
 
 def test_what_is_set_is_sent_and_told(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = {"before": NOW, "now": NOW | {"factor": 1.2}, "seconds": 0.0312}
+    said = {"before": NOW, "now": NOW | {"factor": 1.2}, "forgotten": True, "seconds": 0.0312}
     Answers.answer = (200, "application/json", json.dumps(said).encode())
     assert main(["set", url + "/", "on", "--factor", "1.2", "--no-observe", "--api-key", "k"]) == 0
     assert capsys.readouterr().out == "changed factor 1.5 -> 1.2 (0.031 s)\n"
@@ -114,6 +114,9 @@ def test_what_is_set_is_sent_and_told(url: str, capsys: pytest.CaptureFixture[st
     assert main(["set", url, "--factor", "inf", "--decode-keep", "off"]) == 0
     assert json.loads(Answers.asked[1][2]) == {"factor": "inf", "decode_keep": "off"}
     assert "changed nothing: it is so already" in capsys.readouterr().out
+    Answers.answer = (200, "application/json", json.dumps(said | {"forgotten": False}).encode())
+    assert main(["set", url, "off"]) == 0
+    assert "; cached prefixes of before stay" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,8 @@ def test_what_is_set_is_sent_and_told(url: str, capsys: pytest.CaptureFixture[st
         (404, b'{"detail": "Not Found"}', "was started with VLLM_PLUGINS=capmoe,capmoe_control"),
         (502, b"<html>", "answered with status 502."),
         (200, b"<html>", "can't be asked"),
+        (200, b"{}", "its answer is another one than expected"),
+        (200, b"3", "can't be asked"),
     ],
 )
 def test_what_a_server_refuses_is_one_sentence(
@@ -145,6 +150,8 @@ def test_watching_once_draws_and_saves(
     assert "last 99 s" in capsys.readouterr().out
     assert re.search(r"<title>Expert loads of http://127", file.read_text())
     assert main(["watch", url + "x:y", "--once"]) == 2
+    assert main(["watch", url, "--once", "--html", str(tmp_path / "no" / "x.html")]) == 2
+    assert "x.html can't be written (No such file or directory)." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("every", ["0", "x", "-1", "nan", "4000"])

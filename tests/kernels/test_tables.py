@@ -16,7 +16,7 @@ import pytest
 import torch
 from routing_walls import DEVICE, assert_same, make_case, make_plan, run
 
-from capmoe_kernels.routing import Tables, route_triton
+from capmoe_kernels.routing import Selection, Tables, route_triton
 from vllm_capmoe import CapacityConfig
 from vllm_capmoe.torch_routing import route_torch
 
@@ -66,3 +66,25 @@ def test_tables_of_another_plan_or_for_fewer_tokens_are_refused() -> None:
         route_triton(scores[:8], make_plan(8, 2, mode="expanded"), tables=tables)
     other_gamma = dataclasses.replace(plan, gamma=Fraction(2), keeps=(1,))
     route_triton(scores[:8], other_gamma, tables=tables)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["drop", "expanded", "reroute"])
+def test_a_captured_graph_follows_its_tables(mode: str) -> None:
+    plan = make_plan(8, 2, mode=mode, decode_keep="auto")
+    scores, decode = torch.rand(300, 8, device="cuda"), torch.arange(300, device="cuda") < 40
+    tables = Tables.of(plan, 512, torch.device("cuda"))
+
+    def call() -> Selection:
+        return route_triton(scores, plan, tables=tables, is_decode_T=decode)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    for gamma, keeps in ((None, ()), (Fraction(1, 2), (1,)), (Fraction(3), plan.keeps)):
+        now = dataclasses.replace(plan, gamma=gamma, keeps=keeps)
+        tables.set(now)
+        scores.copy_(torch.rand(300, 8))
+        graph.replay()
+        assert_same(got, route_torch(scores, now, is_decode_T=decode), 8)

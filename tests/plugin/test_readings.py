@@ -28,6 +28,7 @@ import numpy
 import packaging.version
 import prometheus_client
 import pytest
+import starlette.datastructures
 import torch
 
 import vllm_capmoe.integration
@@ -47,6 +48,7 @@ OTHERS: tuple[Any, ...] = (
     *(io.TextIOBase, torch.ops, staticmethod(len), int),
     # What a web application is written with: vLLM's routes are, too.
     *(fastapi.FastAPI, fastapi.APIRouter, fastapi.Request, ipaddress, ipaddress.IPv4Address, json),
+    *(starlette.datastructures.URL,),
 )
 # vLLM's API for its users, its log and its modules as such: what a release doesn't take away.
 PUBLIC = {

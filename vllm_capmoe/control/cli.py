@@ -81,7 +81,17 @@ def change(arguments: argparse.Namespace) -> str:
         )
     answer = ask(arguments.url, arguments.api_key, values)
     told = differences(answer["before"], answer["now"]) or "nothing: it is so already"
-    return f"changed {told} ({answer['seconds']:.3f} s)"
+    said = f"changed {told} ({answer['seconds']:.3f} s)"
+    if not answer["forgotten"]:
+        said += "; cached prefixes of before stay, the server's log says why"
+    return said
+
+
+def _save(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} can't be written ({error.strerror}).") from None
 
 
 def watch(arguments: argparse.Namespace) -> None:
@@ -99,7 +109,7 @@ def watch(arguments: argparse.Namespace) -> None:
             again = not arguments.once and sys.stdout.isatty()
             print(_CLEAR + drawn if again else drawn, flush=True)
             if arguments.html is not None:
-                arguments.html.write_text(picture.page(answer, arguments.url), encoding="utf-8")
+                _save(arguments.html, picture.page(answer, arguments.url))
             if arguments.once:
                 return
             time.sleep(arguments.every)

@@ -29,10 +29,12 @@ def ask(url: str, key: str | None, values: dict[str, Any] | None = None) -> dict
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             found: dict[str, Any] = json.load(answer)
+            if "now" not in found:
+                raise ValueError("its answer is another one than expected")
             return found
     except urllib.error.HTTPError as error:
         raise ValueError(_said(url, error.code, error.read())) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, TypeError, http.client.HTTPException) as error:
         raise ValueError(f"{url} can't be asked ({getattr(error, 'reason', error)}).") from None
 
 

@@ -55,12 +55,13 @@ class Refused(Exception):
 class Control:
     """What the routes know of their server.
 
-    engine: an `AsyncLLM`. closed: why they don't answer, if they don't.
+    engine: an `AsyncLLM`. closed: why they don't answer, if they don't. has_key: whether vLLM asks
+    for one.
     older, newer: counts of earlier requests, at least `WINDOW` seconds apart.
     """
 
-    def __init__(self, engine: Any, closed: Refused | None):
-        self.engine, self.closed = engine, closed
+    def __init__(self, engine: Any, closed: Refused | None, has_key: bool):
+        self.engine, self.closed, self.has_key = engine, closed, has_key
         self.changing = asyncio.Lock()
         self.started = self.older = self.newer = Snapshot(time.monotonic(), [])
 
@@ -82,14 +83,12 @@ class Control:
         async with self.changing:
             before = (await live_engine.read_settings(self.engine))["now"]
             began = time.monotonic()
-            now = await live_engine.change(self.engine, values)
-            seconds = time.monotonic() - began
-        logger.info(
-            "MoE capacity changed over HTTP in %.3f s: %s",
-            seconds,
-            differences(before, now) or "to what it was",
-        )
-        return {"before": before, "now": now, "seconds": round(seconds, 4)}
+            done = await live_engine.change(self.engine, values)
+            seconds = round(time.monotonic() - began, 4)
+        told = differences(before, done["now"])
+        if told:
+            logger.info("MoE capacity changed over HTTP in %.3f s: %s", seconds, told)
+        return {"before": before, **done, "seconds": seconds}
 
 
 def _counted(before: Snapshot, now: Snapshot) -> dict[str, Any]:
@@ -158,6 +157,10 @@ async def _answer(request: Request, answer: Any, body: bool = False) -> JSONResp
             raise Refused(503, "this server has no engine that could be asked.")
         if control.closed is not None:
             raise control.closed
+        host = request.url.hostname
+        if not control.has_key and not _is_loopback(host):
+            # As of a page in a browser here, whose name was made to mean this host.
+            raise Refused(403, f"the request is to {host}, but without an API key to localhost.")
         content = await answer(control, await _body(request) if body else None)
         return JSONResponse(content)
     except Refused as refused:
@@ -192,18 +195,17 @@ def _error(status: int, sentence: str) -> JSONResponse:
     )
 
 
-def closed(vllm_config: Any, args: Any) -> Refused | None:
-    """Why the routes of a server don't answer, if they don't.
+def has_key(args: Any) -> bool:
+    """Whether vLLM asks for an API key under `PATH`. args: of the command line of `vllm serve`."""
+    asks = PATH.startswith(authenticate.GUARDED_PREFIX)
+    return asks and any(args.api_key or [envs.VLLM_API_KEY])
 
-    args: of the command line of `vllm serve`.
-    """
+
+def closed(vllm_config: Any, args: Any) -> Refused | None:
+    """Why the routes of a server don't answer, if they don't."""
     if not capacity_config(vllm_config.additional_config).enabled:
-        return Refused(
-            404, "this server was started without --moe-capacity-mode: nothing is bound."
-        )
-    asks_for_key = PATH.startswith(authenticate.GUARDED_PREFIX)
-    has_key = asks_for_key and any(args.api_key or [envs.VLLM_API_KEY])
-    if not has_key and not args.uds and not _is_loopback(args.host):
+        return Refused(404, "this server was started without --moe-capacity-mode.")
+    if not has_key(args) and not args.uds and not _is_loopback(args.host):
         return Refused(
             403,
             f"this server listens on {args.host or 'every address'} without an API key: --api-key, "
@@ -231,7 +233,8 @@ class ControlPlugin:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         if engine_client is None:  # a server that only renders
             return
-        control = Control(engine_client, closed(engine_client.vllm_config, args))
+        refused = closed(engine_client.vllm_config, args)
+        control = Control(engine_client, refused, has_key(args) or bool(args.uds))
         if control.closed is not None:
             logger.warning("MoE capacity: no live control, %s", control.closed)
         setattr(state, STATE, control)

@@ -42,19 +42,21 @@ class LiveWorker:
         return {"started": self.now.started.to_dict(), "now": self.now.to_dict()}
 
     def moe_capacity_check(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What would be `new` in what is in effect, whether it `is_on` then, how many `layers` of
-        this worker would route otherwise, and the `error`, if it can't be.
+        """What would be `new`, how many layers `takes` that, and the `error`, if it can't be.
 
         values: some of `vllm_capmoe.live.KEYS`, as they are to be. An error is one sentence; not
-        raised, since it would lose its type and its form on the way to a front end.
+        raised, since it would lose its type and its form on the way to a front end. A layer takes a
+        change unless it has settings of its own for all that differs.
         """
         try:
             changed = self._changed(values)
+            self._plans(changed)
             new = differences(self.now.to_dict(), changed.to_dict())
-            layers = len(self._plans(changed))
-            return {"new": new, "is_on": changed.is_on, "layers": layers, "error": None}
+            layers = [layer_number(layer.layer_name) for layer in moe_layers(self.vllm_config)]
+            takes = sum(changed.reaches(number, self.now) for number in layers)
+            return {"new": new, "takes": takes, "error": None}
         except ValueError as error:
-            return {"new": "", "is_on": False, "layers": 0, "error": str(error)}
+            return {"new": "", "takes": 0, "error": str(error)}
 
     def moe_capacity_change(self, values: dict[str, Any]) -> dict[str, Any]:
         """Change the layers of this worker from the next step on, and return what is in effect.
@@ -94,7 +96,9 @@ class LiveWorker:
                     f"decode_keep is {shown(own.decode_keep)}, but layer {number} was started with "
                     f"all {router.top_k} experts kept: {router.top_k} or 'off' is accepted."
                 )
-            if gamma is not None and own.mode == "expanded" and has_graphs(self.vllm_config):
+            parallel = layer.moe_config.moe_parallel_config
+            gathers = parallel.dp_size * parallel.sp_size > 1
+            if own.mode == "expanded" and (gathers or has_graphs(self.vllm_config)):
                 _refuse_more_room(own, started)
             plan = dataclasses.replace(router.plan, gamma=gamma, keeps=keeps)
             if plan != router.plan or new.observe != self.now.observe:
@@ -103,9 +107,12 @@ class LiveWorker:
 
 
 def _refuse_more_room(own: CapacityConfig, started: CapacityConfig) -> None:
-    """Captured graphs have buffers for what the experts of a rank could hold at the start."""
+    """Buffers are made for what the experts of a rank can hold of all ranks' rows at the start's
+    factor: those of captured graphs, and those for rows of engines that may not have changed yet.
+    """
     if own.gamma is not None and started.gamma is not None and own.gamma > started.gamma:
         raise ValueError(
-            f"factor is {own.factor}, but the buffers of this engine's CUDA graphs were made for "
-            f"mode 'expanded' with {started.factor}: up to that, 'inf' and mode 'off' are accepted."
+            f"factor is {own.factor}, but in mode 'expanded' the buffers of this engine (of CUDA "
+            f"graphs, or for rows of several ranks) were made for {started.factor}: up to that, "
+            "'inf' and mode 'off' are accepted."
         )

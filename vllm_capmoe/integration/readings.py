@@ -59,7 +59,8 @@ OF_CONFIGURATION = (
         "vllm.config.parallel:ParallelConfig",
         ("data_parallel_size", "tensor_parallel_size", "prefill_context_parallel_size")
         + ("enable_expert_parallel", "enable_eplb", "eplb_config", "enable_elastic_ep")
-        + ("use_ubatching", "all2all_backend", "distributed_executor_backend"),
+        + ("use_ubatching", "all2all_backend", "distributed_executor_backend")
+        + ("_api_process_count",),
         "the layout, before any layer exists",
         "see checks._unserved, with the reason for each",
     ),

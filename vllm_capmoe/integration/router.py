@@ -12,6 +12,7 @@ that torch.compile sees an opaque call of known shape on every platform.
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ class CapacityRouter(BaseRouter):
         self.shard = Shard()
         self.observes = False
         self.observes_live = False
+        self.started_gamma: Fraction | None = None
         self.tables: Tables | None = None
         self.trials: LayerTrials | None = None
         self.fills_unused = False
@@ -136,6 +138,7 @@ class CapacityRouter(BaseRouter):
                 the rows that this router routes, with the ids that it chose; None elsewhere.
         """
         self.layer_name, self.plan, self.stats, self.tokens = layer_name, plan, stats, tokens
+        self.started_gamma = plan.gamma
         self.seed = seed
         self.expert_device_E = expert_device_E
         if own_device is not None:
@@ -402,12 +405,14 @@ class CapacityRouter(BaseRouter):
         plan, tokens = self.plan, self.tokens
         if plan is None or tokens is None:
             return None
-        if plan.gamma is None:
+        if self.started_gamma is None:
             return rows * plan.top_k
+        # Rows of other engines may still be routed by the factor of the start.
+        gamma = max(self.started_gamma, plan.gamma or self.started_gamma)
         # Another rank may have more requests in this step than this one.
         groups = sources * (tokens.max_requests if plan.scope == "request" else 1)
         whole = capacity(
-            rows, num_experts=plan.num_experts, top_k=plan.top_k, gamma=plan.gamma, min_capacity=1
+            rows, num_experts=plan.num_experts, top_k=plan.top_k, gamma=gamma, min_capacity=1
         )
         return rows * plan.top_k + num_local * (whole + groups * (plan.min_capacity + 1))
 
