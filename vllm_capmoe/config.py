@@ -127,9 +127,9 @@ def _words(*choices: str, help: str) -> dict[str, Any]:
 def _integer(
     least: int, *, help: str, words: Mapping[str, str | None] | None = None
 ) -> dict[str, Any]:
-    """Metadata of an option that takes an int from least to MOST, or a word (with what it stores).
+    """Metadata of an option that takes an int >= least, or a word (with the value it stores).
 
-    What is sent between processes has 64 bits.
+    What is sent between processes has 64 bits: an int above MOST, which means no other, becomes it.
     """
     stored = dict(words or {})
 
@@ -142,11 +142,11 @@ def _integer(
         if value is None:
             _refuse_unless(None in stored.values())
             return None
-        _refuse_unless(_is_int(value) and least <= value <= MOST)
-        return int(value)
+        _refuse_unless(_is_int(value) and value >= least)
+        return min(int(value), MOST)
 
     return {
-        "values": _one_of(f"an integer >= {least} (below 2^63)", *stored),
+        "values": _one_of(f"an integer >= {least}", *stored),
         "help": help,
         "choices": None,
         "normalise": normalise,

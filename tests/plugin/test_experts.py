@@ -132,7 +132,9 @@ def test_packed_weights_come_back_bit_for_bit_and_new_ones_are_packed(dtype):
     expected = made.expected(made.weights).to(dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(made.apply(made.ids), expected, rtol=tolerance, atol=tolerance)
-    assert w2.untyped_storage().nbytes() == w2.element_size(), "not packed again"
+    packed = w2.untyped_storage().nbytes() == w2.element_size()
+    # oneDNN of a CPU without AVX-512 has no packed product of bfloat16.
+    assert packed == torch_experts._can_pack(dtype), "not packed again"
 
 
 def test_what_cannot_be_packed_is_computed_as_it_is(monkeypatch):

@@ -107,7 +107,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
             steps = await steps_of_all()
             while await steps_of_all() < steps + STEPS_BETWEEN:
                 await asyncio.sleep(0.01)
-            result["now"].append(await live_engine.change(engine, values))
+            result["now"].append((await live_engine.change(engine, values))["now"])
         outputs = await asyncio.gather(*asked)
         await engine.pause_generation(mode="keep", clear_cache=False)
         if record:
