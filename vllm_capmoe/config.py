@@ -21,8 +21,8 @@ MOST = 2**63 - 1
 AUTO_KEEP = ((1, Fraction(7, 8)), (8, Fraction(3, 4)), (16, Fraction(5, 8)))
 """Decode keep `auto`: from so many decode tokens in a step on, the share of the top-k that each
 keeps, rounded up. Few tokens load few experts for each other, so each must keep more of its own:
-meant to cost at most 0.005 nats a token (64 experts, top-8, measured at 2 to 32 tokens, see *Quality*
-in benchmarks/README.md).
+meant to cost at most 0.005 nats a token (64 experts, top-8, measured at 2 to 32 tokens, see
+*Quality* in benchmarks/README.md).
 """
 
 
