@@ -363,3 +363,30 @@ def test_the_engine_goes_on_whatever_fails():
         engine.fails = fails
         assert change(engine, {"mode": "off"})["forgotten"] is False
         assert engine.calls == WHOLE and engine.workers[0]["mode"] == "off"
+
+
+@pytest.mark.parametrize(
+    "host, key, status",
+    [
+        ("localhost:8000", False, 200),
+        ("127.0.0.1:8000", False, 200),
+        ("[::1]:8000", False, 200),
+        ("a.page.example:8000", False, 403),  # a name that somebody else made to mean this host
+        ("a.service.example", True, 200),
+    ],
+)
+def test_without_a_key_the_host_must_be_asked_by_its_own_name(host, key, status):
+    control = endpoint.Control(None, None, key)
+    app = SimpleNamespace(state=SimpleNamespace(**{endpoint.STATE: control}))
+    scope = {
+        "type": "http", "method": "GET", "scheme": "http", "path": endpoint.PATH, "app": app,
+        "query_string": b"", "headers": [(b"host", host.encode())], "server": ("127.0.0.1", 8000),
+    }  # fmt: skip
+
+    async def shows(control: Any, _: Any) -> dict[str, Any]:
+        return {"now": NOW}
+
+    answer = asyncio.run(endpoint._answer(endpoint.Request(scope), shows))
+    assert answer.status_code == status
+    if status == 403:
+        assert b"'a.page.example', but on a server without an API key" in answer.body

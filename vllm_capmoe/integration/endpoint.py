@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 from vllm_capmoe.integration import live_engine
 from vllm_capmoe.integration.settings import capacity_config
 from vllm_capmoe.integration.stats import Layer
-from vllm_capmoe.layer_settings import layer_number, read_json
+from vllm_capmoe.layer_settings import layer_number, read_json, shown
 from vllm_capmoe.live import differences
 from vllm_capmoe.ranking import MASS_BITS
 from vllm_capmoe.version import own_version
@@ -160,7 +160,11 @@ async def _answer(request: Request, answer: Any, body: bool = False) -> JSONResp
         host = request.url.hostname
         if not control.has_key and not _is_loopback(host):
             # As of a page in a browser here, whose name was made to mean this host.
-            raise Refused(403, f"the request is to {host}, but without an API key to localhost.")
+            raise Refused(
+                403,
+                f"the request is to {shown(host)}, but on a server without an API key one to "
+                "localhost is accepted.",
+            )
         content = await answer(control, await _body(request) if body else None)
         return JSONResponse(content)
     except Refused as refused:
